@@ -1,0 +1,250 @@
+"""Text from a model: prefill once, then one token at a time, for many rows of different length.
+
+    prompts ──prefill in chunks──▶ cache ──fork──▶ rows ──┬─▶ logits ─▶ choose ─▶ ids ─▶ text
+                                     ▲                    │                │
+                                     └────── decode ◀─────┴────────────────┘
+
+Rows never see one another: what a row says depends on its prompt, its number and the seed, not on
+the rows beside it. Key: B rows, T tokens, V vocab_size.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+
+from checkpoint import Loaded
+from model import KVCache, Llama
+from run import UserError, option
+from tokenizer import TextStream
+
+CHUNK = 512  # prompt tokens at a time: bounds the memory that prefill takes
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The choice of the next token.
+
+    Raises ValueError for values out of range.
+    """
+
+    temperature: float = option(0.8, "divides the logits; 0 always takes the likeliest token")
+    top_k: int = option(0, "only the k likeliest tokens; 0 is all")
+    top_p: float = option(1.0, "only the smallest set of likeliest tokens that has mass p")
+    min_p: float = option(0.0, "only tokens at least this fraction as likely as the likeliest")
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 or more, not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """The text to write.
+
+    Raises ValueError for values out of range.
+    """
+
+    prompt: str = option("", "text to go on from; without one a new document begins")
+    num_samples: int = option(1, "ways to go on")
+    max_new_tokens: int = option(256, "stop after so many, if nothing else stops it")
+
+    def __post_init__(self):
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The distribution that a token is drawn from, (B, V), from logits (B, V).
+
+    Temperature comes first, then top-k, then top-p of what is left (Holtzman et al. 2020,
+    arXiv:1904.09751, Eq. 2 and 3: the token that crosses p is in), then min-p (Nguyen et al. 2024,
+    arXiv:2407.01082, §3). The likeliest token always stays.
+    """
+    below = logits.double() - logits.max(dim=-1, keepdim=True).values  # 0 / T cannot overflow
+    p = (below / sampling.temperature).softmax(dim=-1)
+    p, order = p.sort(dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(p, dtype=torch.bool)
+    if sampling.top_k:
+        keep[:, sampling.top_k :] = False
+    p = p * keep
+    if sampling.top_p < 1:
+        before = p.cumsum(dim=-1) - p  # mass of the likelier tokens
+        keep &= before < sampling.top_p * p.sum(dim=-1, keepdim=True)
+    keep &= p >= sampling.min_p * p[:, :1]
+    keep[:, 0] = True
+    p = p * keep
+    return torch.zeros_like(p).scatter(1, order, p / p.sum(dim=-1, keepdim=True))
+
+
+def choose(logits: Tensor, sampling: Sampling, dice: list[torch.Generator]) -> Tensor:
+    """The next token of each row, (B,), from logits (B, V); each row throws its own dice."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    p = probabilities(logits.cpu(), sampling)
+    u = torch.stack([torch.rand((), dtype=torch.float64, generator=d) for d in dice])
+    reached = p.cumsum(dim=-1) / p.sum(dim=-1, keepdim=True)
+    return (reached <= u[:, None]).sum(dim=-1).to(logits.device)  # first token with more than u
+
+
+def prefill(model: Llama, prompts: list[list[int]], n_slot: int) -> tuple[KVCache, Tensor]:
+    """Read prompts of any length. Returns the cache and the logits after each prompt, (B, V).
+
+    Short prompts are filled up on the right: their slots beyond the end are overwritten later.
+    """
+    weight = model.embedding.weight
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    longest = int(lengths.max())
+    tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    cache = KVCache(model.config, len(prompts), n_slot, like=weight)
+    last = weight.new_zeros(len(prompts), model.config.vocab_size)
+    for start in range(0, longest, CHUNK):
+        logits = model(tokens[:, start : start + CHUNK].to(weight.device), cache)  # (B, T, V)
+        ends = ((lengths > start) & (lengths <= start + CHUNK)).nonzero().flatten()
+        last[ends] = logits[ends, lengths[ends] - 1 - start]
+    return cache, last
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: tuple[int, ...] = (),
+    seed: int = 0,
+    n_sample: int = 1,
+    compile: bool = False,
+) -> Iterator[list[int | None]]:
+    """Yield one new token a row at a time; None once a row has met one of stop_ids.
+
+    There are len(prompts) · n_sample rows: the samples of a prompt share one prefill and stand side
+    by side. Ends when all rows have, after max_new_tokens, or where the context is full.
+    Raises ValueError for an empty prompt and for one that fills the context.
+    """
+    sampling = sampling or Sampling()
+    lengths = [len(prompt) for prompt in prompts for _ in range(n_sample)]
+    room = model.config.seq_len - max(lengths)
+    if min(lengths) == 0:
+        raise ValueError("a prompt has no tokens: there is nothing to go on from")
+    if room < 1:
+        raise ValueError(f"prompt of {max(lengths)} tokens, context of {model.config.seq_len}")
+    n_new = min(max_new_tokens, room)
+    cache, logits = prefill(model, prompts, max(lengths) + n_new)
+    cache, logits = cache.fork(n_sample), logits.repeat_interleave(n_sample, dim=0)
+    dice = [torch.Generator().manual_seed(seed * 1_000_003 + row) for row in range(len(lengths))]
+    positions = torch.tensor(lengths, device=logits.device)[:, None]  # (B, 1)
+    step, apart = model, min(lengths) < max(lengths)
+    if compile:  # all slots at every step, since a compiled step has fixed shapes
+        step, apart, cache.length = compiled(model), True, cache.n_slot
+    open_rows = set(range(len(lengths)))
+    for i in range(n_new):
+        tokens = choose(logits, sampling, dice)
+        ids = tokens.tolist()
+        open_rows -= {row for row in open_rows if ids[row] in stop_ids}
+        if not open_rows:
+            return
+        yield [token if row in open_rows else None for row, token in enumerate(ids)]
+        if i + 1 < n_new:
+            if apart:  # rows that are equally long need no positions, and then no mask
+                cache.length = min(cache.length + 1, cache.n_slot)
+            logits = step(tokens[:, None], cache, positions if apart else None)[:, -1]
+            positions = positions + 1
+
+
+@functools.cache
+def compiled(model: Llama) -> Callable:
+    """One decoding step by torch.compile: weights packed, kernels chosen by trying them."""
+    torch._inductor.config.freezing = True  # weights are constants; no effect as a mere option
+    torch._inductor.config.autotune_num_choices_displayed = 0  # and no tables of trials
+    return torch.compile(model, options={"max_autotune": True})
+
+
+class StopText:
+    """Passes text on until one of `stops` comes, holding back what may be the start of one."""
+
+    def __init__(self, stops: list[str]):
+        self.stops, self.held, self.done = [s for s in stops if s], "", False
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that certainly comes before a stop."""
+        if self.done:
+            return ""
+        self.held += text
+        found = [i for stop in self.stops if (i := self.held.find(stop)) >= 0]
+        if found:
+            self.done = True
+            return self.held[: min(found)]
+        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
+        sure, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return sure
+
+    def flush(self) -> str:
+        """What was held back and was no stop after all."""
+        return "" if self.done else self.held
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next(
+        n
+        for n in range(min(len(text), len(stop)), -1, -1)
+        if stop.startswith(text[len(text) - n :])
+    )
+
+
+def stream_text(
+    loaded: Loaded, config: SampleConfig, sampling: Sampling, seed: int, stops: list[str]
+) -> Iterator[tuple[int, str]]:
+    """Yield (row, piece of text) as the continuations of the prompt become certain."""
+    tokenizer, n = loaded.tokenizer, config.num_samples
+    rows = [(TextStream(tokenizer), StopText(stops)) for _ in range(n)]
+    prompt = tokenizer.encode(config.prompt)
+    for ids in generate(
+        loaded.model, [prompt], config.max_new_tokens, sampling, loaded.stop_ids, seed, n
+    ):
+        for row, (token, (text, stop)) in enumerate(zip(ids, rows, strict=True)):
+            if token is not None and not stop.done:
+                yield row, stop.push(text.push(token))
+        if all(stop.done for _, stop in rows):
+            return
+    for row, (text, stop) in enumerate(rows):
+        yield row, stop.push(text.flush()) + stop.flush()
+
+
+def write(
+    loaded: Loaded,
+    config: SampleConfig,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stops: list[str] | None = None,
+    show: Callable[[str], None] = lambda text: None,
+) -> str:
+    """The prompt and its continuation, as often as asked, with lines `---` between.
+
+    `show` gets the text piece by piece: the first one live, the others when they are all done.
+    Raises UserError for a prompt that is empty or fills the context.
+    """
+    texts = [config.prompt] * config.num_samples
+    show(config.prompt)
+    try:
+        for row, text in stream_text(loaded, config, sampling or Sampling(), seed, stops or []):
+            texts[row] += text
+            if row == 0:
+                show(text)
+    except ValueError as error:
+        raise UserError(f"--prompt: {error}") from None
+    show("".join(f"\n---\n{text}" for text in texts[1:]))
+    return "\n---\n".join(texts)

@@ -1,0 +1,75 @@
+"""Does this machine compute right? In seconds, before you trust a run on it.
+
+First the device in float32 against the CPU in float64: forward, backward and one optimizer step of
+the same small model, since some devices give wrong numbers without a word. Then what must hold on
+any device: cached text is uncached text, and the rotary angles are exact.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import torch
+
+import run
+import train
+from generate import Sampling, generate
+from model import Llama, LlamaConfig, RotaryTable, rotary_frequencies
+from run import UserError
+
+SIZES = LlamaConfig(97, 64, 2, 4, 2, 64, 16, 96)
+TOLERANCE = 1e-4  # of the largest number: what float32 and another order of summation may cost
+
+
+def one_step(model: Llama, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Logits, gradient and updated weights of one step, on the CPU."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    logits = model(rows[:, :-1])
+    (train.loss_sum(logits, rows[:, 1:]) / rows[:, 1:].numel()).backward()
+    gradient = model.blocks[0].attention.wqkv.weight.grad.clone()
+    optimizer.step()
+    weight = model.blocks[0].attention.wqkv.weight
+    found = {"forward": logits, "backward": gradient, "step": weight}
+    return {name: tensor.detach().cpu() for name, tensor in found.items()}
+
+
+def against_cpu(device: torch.device) -> Iterator[tuple[str, float, float]]:
+    """(what, largest relative difference, tolerance) of the device against the CPU."""
+    model, rows = Llama(SIZES), torch.randint(SIZES.vocab_size, (4, SIZES.seq_len + 1))
+    there = one_step(copy.deepcopy(model).to(device), rows.to(device))
+    for name, here in one_step(model.double(), rows).items():
+        error = (there[name] - here).abs().max() / here.abs().max()
+        yield f"{name} in float32 on {device} = in float64 on cpu", error.item(), TOLERANCE
+
+
+def cached_is_uncached(device: torch.device) -> tuple[str, float, float]:
+    """Greedy text with the cache against a whole forward pass per token: how many differ."""
+    model, prompt = Llama(SIZES).to(device).eval(), [5, 17, 3]
+    cached = [ids[0] for ids in generate(model, [prompt], 20, Sampling(temperature=0))]
+    text = list(prompt)
+    for _ in cached:
+        with torch.no_grad():
+            text.append(int(model(torch.tensor([text], device=device))[0, -1].argmax()))
+    different = sum(a != b for a, b in zip(cached, text[len(prompt) :], strict=True))
+    return "greedy text with the cache = without", float(different), 0.0
+
+
+def rotary_is_exact(device: torch.device) -> tuple[str, float, float]:
+    """cos at position 4,095 against float64, on the device."""
+    config = LlamaConfig(seq_len=4096)
+    table = RotaryTable(config)(torch.tensor([[4095]], device=device), torch.float32)[0]
+    exact = (4095 * rotary_frequencies(config)).cos()
+    error = (table.flatten().cpu().double()[: len(exact)] - exact).abs().max()
+    return "rotary angle at position 4,095", error.item(), 1e-6
+
+
+def main(args) -> None:
+    """Print a line for each check. UserError names the device that lies."""
+    device, why = run.choose_device(run.from_options(train.TrainConfig(), args).device)
+    run.seed_everything(0)
+    print(f"device {device}: {why}; torch {torch.__version__}")
+    checks = [*against_cpu(device), cached_is_uncached(device), rotary_is_exact(device)]
+    for name, error, tolerance in checks:
+        word = "ok " if error <= tolerance else "BAD"
+        print(f"{word}  {name}: {error:.1e}, at most {tolerance:.0e}")
+    if bad := [name for name, error, tolerance in checks if not error <= tolerance]:
+        raise UserError(f"{device} computes wrong numbers ({'; '.join(bad)}): use --device cpu")

@@ -1,0 +1,146 @@
+"""Every way to feed tokens through the cache gives what one pass without it gives, in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+import generate as generation
+import model as model_file
+from generate import Sampling, generate, prefill
+from model import KVCache, Llama, LlamaConfig, attention, fused_attention
+
+T = 13
+PROMPTS = [[5], [7, 11, 13, 17, 19], [23, 29, 31, 37, 41, 43, 47, 53, 59], [61, 67, 71]]
+
+
+@pytest.fixture(params=["products", "fused"], autouse=True)
+def path(request, monkeypatch):
+    """Both ways to compute attention, whichever this machine prefers."""
+    wanted = request.param == "products"
+    monkeypatch.setattr(model_file, "products_are_faster", lambda *_: wanted)
+    return attention if wanted else fused_attention
+
+
+def llama(n_kv_head: int = 2) -> Llama:
+    return Llama(LlamaConfig(97, 40, 2, 4, n_kv_head, 24, 10, 36)).double().eval()
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.allclose(a, b, rtol=0, atol=1e-10)
+
+
+def tokens(batch_size: int, n_token: int = T) -> torch.Tensor:
+    return torch.randint(97, (batch_size, n_token))
+
+
+@torch.no_grad()
+def in_chunks(model: Llama, rows: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """Logits of rows fed through a cache in pieces that end at `cuts`."""
+    cache = KVCache(model.config, len(rows), rows.shape[1], like=model.embedding.weight)
+    pieces = itertools.pairwise([0, *cuts, rows.shape[1]])
+    return torch.cat([model(rows[:, a:b], cache) for a, b in pieces if a < b], dim=1)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_every_split_into_prefill_and_chunks_gives_the_same_logits(n_kv_head):
+    model, rows = llama(n_kv_head), tokens(2)
+    whole = model(rows).detach()
+    for first, chunk in itertools.product(range(1, T + 1), range(1, 5)):
+        cuts = list(range(first, T, chunk))
+        assert same(in_chunks(model, rows, cuts), whole), f"prefill {first}, chunks of {chunk}"
+
+
+@torch.no_grad()
+def test_rows_at_different_positions_step_as_they_would_alone():
+    """Row 0 has 3 tokens, row 1 has 8: the next token of each goes to its own slot."""
+    model, rows, lengths = llama(), tokens(2), [3, 8]
+    cache, _ = prefill(model, [rows[0, :3].tolist(), rows[1, :8].tolist()], n_slot=12)
+    for i in range(4):
+        positions = torch.tensor([[n + i] for n in lengths])
+        cache.length += 1
+        step = model(rows.gather(1, positions), cache, positions)
+        for row, n in enumerate(lengths):
+            assert same(step[row, -1], model(rows[row : row + 1, : n + i + 1])[0, -1])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 512])
+@torch.no_grad()
+def test_prefill_returns_the_logits_after_each_prompt(chunk, monkeypatch):
+    monkeypatch.setattr(generation, "CHUNK", chunk)
+    model = llama()
+    _, last = prefill(model, PROMPTS, n_slot=12)
+    for row, prompt in zip(last, PROMPTS, strict=True):
+        assert same(row, model(torch.tensor([prompt]))[0, -1])
+
+
+def greedy(model: Llama, prompts: list[list[int]], **how) -> list[list[int]]:
+    steps = list(generate(model, prompts, 12, Sampling(temperature=0), **how))
+    return [list(row) for row in zip(*steps, strict=True)]
+
+
+def test_ragged_batch_is_each_prompt_alone():
+    model = llama()
+    together = greedy(model, PROMPTS)
+    assert together == [greedy(model, [prompt])[0] for prompt in PROMPTS]
+    assert len(set(map(tuple, together))) == len(PROMPTS)  # and they do differ
+
+
+def test_greedy_text_is_that_of_a_whole_pass_for_each_token():
+    model, text = llama(), list(PROMPTS[1])
+    for token in greedy(model, [PROMPTS[1]])[0]:
+        with torch.no_grad():
+            assert token == model(torch.tensor([text]))[0, -1].argmax()
+        text.append(token)
+
+
+def test_a_row_does_not_see_its_neighbours_even_when_dice_are_thrown():
+    model, hot = llama(), Sampling(temperature=1.0)
+    rows = [
+        [ids[1] for ids in generate(model, [first, PROMPTS[1], last], 12, hot, seed=3)]
+        for first, last in itertools.permutations([PROMPTS[0], PROMPTS[2]])
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_one_prefill_forked_is_as_many_prefills():
+    model, hot = llama(), Sampling(temperature=1.0)
+    forked = list(generate(model, PROMPTS[:2], 12, hot, seed=3, n_sample=3))
+    separate = list(generate(model, [p for p in PROMPTS[:2] for _ in range(3)], 12, hot, seed=3))
+    assert forked == separate
+    assert len(set(zip(*forked, strict=True))) == 6  # six rows that differ
+
+
+def test_fork_leaves_the_original_as_it_was():
+    model = llama()
+    cache, _ = prefill(model, [PROMPTS[1]], n_slot=8)
+    before = [keys.clone() for keys in cache.keys + cache.values]
+    twin = cache.fork(2)
+    with torch.no_grad():
+        model(tokens(2, 1), twin)
+    assert all(torch.equal(a, b) for a, b in zip(before, cache.keys + cache.values, strict=True))
+    assert (cache.length, twin.length) == (5, 6)
+
+
+def test_second_generation_is_the_first():
+    """Nothing survives a request, as a cache kept on the model would."""
+    model = llama()
+    first = greedy(model, PROMPTS)
+    greedy(model, [[1, 2, 3, 4]])
+    assert greedy(model, PROMPTS) == first
+
+
+def test_cache_that_is_full_says_so():
+    model = llama()
+    cache = KVCache(model.config, 1, 4, like=model.embedding.weight)
+    model(tokens(1, 3), cache)
+    with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit 4 slots"):
+        model(tokens(1, 2), cache)
+
+
+def test_cache_has_the_stated_size():
+    """2 · n_layer · B · n_slot · K · C = 2·2·3·7·2·10 = 1,680 numbers."""
+    model = llama()
+    cache = KVCache(model.config, 3, 7, like=model.embedding.weight)
+    assert sum(t.numel() for t in cache.keys + cache.values) == 1680
+    assert {t.dtype for t in cache.keys + cache.values} == {torch.float64}

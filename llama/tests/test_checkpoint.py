@@ -1,0 +1,511 @@
+"""Weights in and out, held to `transformers` in both directions and to Meta's definition."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import checkpoint
+from checkpoint import HF_NAMES, META_NAMES, META_TOP, Loaded, half_split_rows, interleaved_rows
+from generate import Sampling, generate
+from model import Llama, LlamaConfig, RopeScaling, RotaryTable, rotate
+from run import UserError, write_json
+from tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer
+
+VOCAB = 300
+TEXTS = [
+    "Once upon a time there was a fox.",
+    "  two  spaces ",
+    "lines\n\nand\ttabs\r\n",
+    "é 漢字 🙂 ½",
+    "12345 <not special>",
+    "",
+]
+
+
+# ── Hugging Face in ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers")
+
+
+def hf_model(transformers, **changes):
+    """A random Llama of transformers whose constants would all show if one were ignored."""
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 10,  # not 48 / 8
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "initializer_range": 0.15,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attn_implementation": "eager",
+    }
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # they begin at 1, which hides that they are used at all
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def save(model, folder, **how):
+    model.save_pretrained(folder, **how)
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@torch.no_grad()
+def difference(ours: Llama, theirs) -> float:
+    """The largest difference of their logits over a sequence of 100 tokens."""
+    rows = torch.randint(VOCAB, (2, 100))
+    expected = theirs(rows).logits
+    assert expected.std() > 0.3  # else closeness would mean little
+    return (ours(rows) - expected).abs().max().item()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 8},
+        {"num_key_value_heads": 1, "head_dim": None, "hidden_size": 64},
+        {"rope_parameters": LLAMA3},  # 100 positions, beyond the original context of 32
+    ],
+    ids=["8/2", "8/4", "8/8", "8/1, head_dim left out", "llama3 scaling"],
+)
+def test_logits_are_those_of_transformers(transformers, tmp_path, changes, tied):
+    theirs = hf_model(transformers, tie_word_embeddings=tied, **changes)
+    ours = checkpoint.load(save(theirs, tmp_path)).model
+    assert ours.config.tie_embeddings == tied
+    assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_old_style_config_gives_the_same_logits(transformers, tmp_path, scaled):
+    """transformers 4 wrote rope_theta beside rope_scaling, transformers 5 joins the two."""
+    theirs = hf_model(transformers, **({"rope_parameters": LLAMA3} if scaled else {}))
+    save(theirs, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    rope = config.pop("rope_parameters")  # the new style is what the tests above read
+    config["rope_theta"] = rope.pop("rope_theta")
+    config["rope_scaling"] = rope if scaled else None
+    write_json(tmp_path / "config.json", config)
+    assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
+
+
+def test_rope_scaling_called_type_instead_of_rope_type(transformers, tmp_path):
+    theirs = hf_model(transformers, rope_parameters=LLAMA3)
+    save(theirs, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["rope_parameters"]["type"] = config["rope_parameters"].pop("rope_type")
+    write_json(tmp_path / "config.json", config)
+    assert checkpoint.load(tmp_path).model.config.rope_scaling == RopeScaling(4.0, 1.0, 4.0, 32)
+
+
+def test_config_without_what_may_be_left_out(tmp_path):
+    """transformers' own defaults: as many key heads as heads, θ 10,000, ε 1e-6, not tied."""
+    config = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 4,
+        "vocab_size": 9,
+    }
+    sizes = checkpoint.hf_config(config, tmp_path)
+    assert sizes == LlamaConfig(
+        9, 2048, 1, 2, 2, 8, 4, 4, 10_000.0, norm_eps=1e-6, tie_embeddings=False
+    )
+
+
+def test_sharded_weights_give_the_same_logits(transformers, tmp_path):
+    theirs = hf_model(transformers)
+    save(theirs, tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert not (tmp_path / "model.safetensors").exists()
+    assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
+
+
+def test_bfloat16_weights_are_read_as_float32(transformers, tmp_path):
+    ours = checkpoint.load(save(hf_model(transformers).bfloat16(), tmp_path)).model
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert ours.embedding.weight.dtype == torch.float32
+    assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 500.0}, LLAMA3])
+def test_greedy_text_is_that_of_transformers(transformers, tmp_path, rope):
+    theirs = hf_model(transformers, rope_parameters=rope)
+    ours = checkpoint.load(save(theirs, tmp_path)).model
+    prompt = [3, 141, 59, 26, 53]
+    expected = theirs.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt)),
+        do_sample=False,
+        max_new_tokens=60,
+        pad_token_id=0,
+    )
+    steps = generate(ours, [prompt], 60, Sampling(temperature=0))
+    assert prompt + [ids[0] for ids in steps] == expected[0].tolist()
+
+
+# ── Hugging Face out ──────────────────────────────────────────────────────────────────────────────
+
+
+def tokenizers(stories: str) -> dict:
+    lines = stories.splitlines()
+    return {
+        "sentencepiece": SentencePieceTokenizer.train(lines, 400),
+        "bytes": ByteTokenizer(),
+        "characters": CharacterTokenizer("".join(sorted(set(stories)))),
+    }
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "bytes", "characters"])
+def tokenizer(request, stories):
+    return tokenizers(stories)[request.param]
+
+
+def exported(tokenizer, folder, **changes) -> Loaded:
+    config = {"vocab_size": tokenizer.vocab_size, "seq_len": 128, "n_layer": 2, "n_head": 4}
+    config |= {"n_kv_head": 2, "d_model": 24, "d_head": 10, "d_ff": 36, "norm_eps": 1e-2}
+    model = Llama(LlamaConfig(**config | changes)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    loaded = Loaded(folder, model, tokenizer, (tokenizer.eos_id,))
+    checkpoint.export(loaded, folder)
+    return loaded
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaling", [None, RopeScaling(4.0, 1.0, 4.0, 32)])
+def test_exported_model_gives_equal_logits_in_transformers(transformers, tmp_path, tied, scaling):
+    loaded = exported(
+        ByteTokenizer(), tmp_path, rope_theta=500.0, rope_scaling=scaling, tie_embeddings=tied
+    )
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    rows = torch.randint(258, (2, 100))
+    with torch.no_grad():
+        assert (loaded.model(rows) - theirs(rows).logits).abs().max() <= 1e-4
+
+
+def test_exported_tokenizer_gives_equal_ids_in_transformers(
+    transformers, tmp_path, tokenizer, stories
+):
+    exported(tokenizer, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*TEXTS, *stories.splitlines()]:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        known = tokenizer.decode(ids)
+        if not isinstance(tokenizer, CharacterTokenizer) or known == text:
+            assert theirs.decode(ids, skip_special_tokens=True) == known, text
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+
+
+def test_exported_folder_loads_here_too(tmp_path, tokenizer):
+    loaded = exported(tokenizer, tmp_path, tie_embeddings=False)
+    again = checkpoint.load(tmp_path)
+    assert again.model.config == loaded.model.config
+    assert again.stop_ids == loaded.stop_ids
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.model.parameters(), again.model.parameters(), strict=True)
+    )
+    assert all(again.tokenizer.encode(text) == tokenizer.encode(text) for text in TEXTS)
+
+
+def test_imported_and_exported_again_is_the_same_model(transformers, tmp_path):
+    theirs = hf_model(transformers, rope_parameters=LLAMA3)
+    loaded = checkpoint.load(save(theirs, tmp_path / "theirs"))
+    checkpoint.export(loaded, tmp_path / "again")
+    state = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(state[name], w) for name, w in theirs.state_dict().items())
+
+
+# ── What ends a text ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        (7, None, (7,)),
+        ([7, 8], None, (7, 8)),
+        (7, [128, 9], (128, 9)),
+        (7, 128, (128,)),
+        (None, None, ()),
+        ("left out", None, (257,)),  # what the tokenizer says
+    ],
+)
+def test_stop_ids_are_those_of_the_files(tmp_path, config, generation, expected):
+    """generation_config.json has the last word, since chat models list their end of turn there."""
+    exported(ByteTokenizer(), tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | {
+        "eos_token_id": config
+    }
+    if config == "left out":
+        del values["eos_token_id"]
+    write_json(tmp_path / "config.json", values)
+    write_json(tmp_path / "generation_config.json", {"eos_token_id": generation})
+    assert checkpoint.load(tmp_path).stop_ids == expected
+
+
+def test_several_stop_ids_survive_an_export(tmp_path):
+    loaded = exported(ByteTokenizer(), tmp_path / "a")
+    loaded.stop_ids = (257, 10)
+    checkpoint.export(loaded, tmp_path / "b")
+    assert checkpoint.load(tmp_path / "b").stop_ids == (257, 10)
+
+
+# ── Meta in ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_half_split_rows_by_hand():
+    """Two heads of four rows: (0 1 2 3 | 4 5 6 7) becomes (0 2 1 3 | 4 6 5 7)."""
+    rows = torch.arange(8.0)[:, None]
+    assert half_split_rows(rows, 2).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@pytest.mark.parametrize(("n_head", "d_head"), [(1, 2), (2, 6), (8, 10), (3, 64)])
+def test_converter_and_its_reverse_cancel(n_head, d_head):
+    weight = torch.randn(n_head * d_head, 5)
+    assert torch.equal(half_split_rows(interleaved_rows(weight, n_head), n_head), weight)
+    assert torch.equal(interleaved_rows(half_split_rows(weight, n_head), n_head), weight)
+
+
+def test_converted_rows_give_the_attention_scores_of_metas_definition():
+    """Meta's apply_rotary_emb: neighbours are a complex number, times exp(i · position · ω)."""
+    config = LlamaConfig(seq_len=16, n_head=3, n_kv_head=3, d_head=8, d_model=12)
+    wq, wk, x = torch.randn(24, 12), torch.randn(24, 12), torch.randn(1, 16, 12)
+    omega = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
+    turn = torch.polar(torch.ones(16, 4), torch.outer(torch.arange(16.0), omega))[:, None]
+
+    def theirs(w):
+        pairs = torch.view_as_complex((x @ w.mT).view(1, 16, 3, 4, 2))
+        return torch.view_as_real(pairs * turn).flatten(3)
+
+    def ours(w):
+        rotary = RotaryTable(config)(torch.arange(16)[None], torch.float32)
+        return rotate((x @ half_split_rows(w, 3).mT).view(1, 16, 3, 8), rotary)
+
+    scores = [torch.einsum("bthc,bshc->bhts", f(wq), f(wk)) for f in (theirs, ours)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-4)
+
+
+def meta_weights(model: Llama) -> dict[str, torch.Tensor]:
+    """Our weights under Meta's names, q and k interleaved."""
+    sizes, state = model.config, model.state_dict()
+    weights = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in META_TOP.items()}
+    if sizes.tie_embeddings:
+        del weights["output.weight"]
+    rows = [sizes.n_head * sizes.d_head, *[sizes.n_kv_head * sizes.d_head] * 2]
+    for layer in range(sizes.n_layer):
+        for ours, theirs in META_NAMES.items():
+            whole = state[f"blocks.{layer}.{ours}.weight"]
+            heights = {3: rows, 2: [sizes.d_ff] * 2, 1: [len(whole)]}[len(theirs)]
+            for name, part in zip(theirs, whole.split(heights), strict=True):
+                heads = {"wq": sizes.n_head, "wk": sizes.n_kv_head}.get(name.split(".")[-1])
+                part = interleaved_rows(part, heads) if heads else part
+                weights[f"layers.{layer}.{name}.weight"] = part.clone()
+    return weights
+
+
+def save_meta(model: Llama, folder, **params):
+    """A folder as Meta hands it out."""
+    sizes = model.config
+    values = {"dim": sizes.d_model, "n_layers": sizes.n_layer, "n_heads": sizes.n_head}
+    values |= {"n_kv_heads": sizes.n_kv_head, "norm_eps": sizes.norm_eps, "vocab_size": -1}
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "params.json", values | {"rope_theta": sizes.rope_theta} | params)
+    weights = meta_weights(model) | {"rope.freqs": torch.ones(5)}
+    torch.save(weights, folder / "consolidated.00.pth")
+    ByteTokenizer().save(folder)
+    return folder
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+def test_metas_layout_gives_the_same_logits(tmp_path, n_kv_head, scaled, tied):
+    sizes = LlamaConfig(
+        258,
+        64,
+        n_layer=2,
+        n_head=4,
+        n_kv_head=n_kv_head,
+        d_model=40,
+        d_head=10,
+        d_ff=36,
+        rope_theta=500.0,
+        norm_eps=1e-2,
+        rope_scaling=RopeScaling(32.0) if scaled else None,
+        tie_embeddings=tied,
+    )
+    ours = Llama(sizes)
+    params = {"max_seq_len": 64, "use_scaled_rope": scaled, "rope_scaling_factor": 32.0}
+    loaded = checkpoint.load(save_meta(ours, tmp_path, **params)).model
+    rows = torch.randint(258, (2, 50))
+    assert loaded.config == sizes
+    assert torch.equal(loaded(rows), ours(rows))
+
+
+def test_metas_older_params_leave_out_the_key_heads_and_the_scaling(tmp_path):
+    sizes = LlamaConfig(258, 4096, 1, 4, 4, 40, 10, 36, rope_theta=10_000.0, tie_embeddings=False)
+    folder = save_meta(Llama(sizes), tmp_path)
+    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    del params["n_kv_heads"], params["rope_theta"]
+    write_json(folder / "params.json", params)
+    assert checkpoint.load(folder).model.config == sizes
+
+
+# ── Refusals ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A good Hugging Face folder, to be spoilt."""
+    exported(ByteTokenizer(), tmp_path, tie_embeddings=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mistral"}, 'model_type "mistral" is not supported'),
+        ({"attention_bias": True}, "attention_bias true"),
+        ({"mlp_bias": True}, "mlp_bias true"),
+        ({"hidden_act": "gelu"}, 'hidden_act "gelu"'),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type yarn"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor' is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        ({"num_key_value_heads": 3}, "n_kv_head 3 does not divide n_head 4"),
+        ({"head_dim": 9}, "odd"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
+        ({"hidden_size": "wide"}, "config.json"),
+        ({"hidden_size": 26}, r"is \(258, 24\), the configuration needs \(258, 26\)"),
+        ({"vocab_size": 300}, "the configuration needs"),
+        ({"num_hidden_layers": 3}, "lack blocks.2"),
+        ({"num_hidden_layers": 1}, "have model.layers.1"),
+    ],
+    ids=str,
+)
+def test_config_that_asks_for_something_else_is_refused_by_name(folder, change, message):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_json(folder / "config.json", config | change)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(folder)
+
+
+def respoil(folder, change):
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "lack norm.weight"),
+        (lambda t: t.pop("lm_head.weight"), "lack head.weight"),
+        (lambda t: t.pop(Q), "wqkv|q_proj"),
+        (lambda t: t.update({Q: torch.ones(40, 25)}), "wqkv|q_proj"),
+        (lambda t: t.update({Q: torch.ones(39, 24)}), "wqkv|q_proj"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(23)}), r"norm.weight is \(23,\)"),
+        (lambda t: t.update({"extra.bias": torch.ones(1)}), "have extra.bias"),
+    ],
+    ids=["no norm", "no head", "no q", "q too wide", "q too short", "norm too short", "extra"],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(folder, change, message):
+    respoil(folder, change)
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(folder)
+
+
+def test_inverse_frequencies_of_old_checkpoints_are_ignored(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    before = checkpoint.load(folder).model.state_dict()
+    respoil(folder, lambda t: t.update({name: torch.ones(5)}))
+    after = checkpoint.load(folder).model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -10])
+def test_truncated_weights_are_refused(folder, keep):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(UserError, match="damaged"):
+        checkpoint.load(folder)
+
+
+def test_missing_shard_is_named(folder):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    write_json(folder / "model.safetensors.index.json", index)
+    with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
+        checkpoint.load(folder)
+
+
+def test_folder_with_pickled_weights_alone_is_refused(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="convert them to safetensors"):
+        checkpoint.load(folder)
+
+
+def test_tokenizer_with_more_ids_than_the_weights_is_refused(tmp_path):
+    exported(ByteTokenizer(), tmp_path)
+    CharacterTokenizer("".join(map(chr, range(300, 600)))).save(tmp_path)
+    with pytest.raises(UserError, match="the tokenizer has 303 ids, the weights only 258"):
+        checkpoint.load(tmp_path)
+
+
+def test_meta_file_of_something_else_is_refused(tmp_path):
+    folder = save_meta(Llama(LlamaConfig(258, d_head=32)), tmp_path)
+    for content in ([torch.ones(2)], {"iteration": 3}, {"tok_embeddings.weight": torch.ones(2)}):
+        torch.save(content, folder / "consolidated.00.pth")
+        with pytest.raises(UserError, match=r"params\.json|consolidated"):
+            checkpoint.load(folder)
+
+
+def test_meta_folder_in_several_parts_is_refused(tmp_path):
+    folder = save_meta(Llama(LlamaConfig(258)), tmp_path)
+    (folder / "consolidated.01.pth").touch()
+    with pytest.raises(UserError, match="has 2 consolidated"):
+        checkpoint.load(folder)
+
+
+def test_names_of_both_layouts_cover_the_model(sizes):
+    names = {name.split(".", 2)[2] for name in Llama(sizes).state_dict() if "blocks" in name}
+    for table in (HF_NAMES, META_NAMES):
+        assert {f"{name}.weight" for name in table} == names

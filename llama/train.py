@@ -132,7 +132,10 @@ class Trainer:
             self.forward, self.loss_sum = torch.compile(self.model), torch.compile(loss_sum)
 
     def step(self, number: int, rank: int, world: int) -> float:
-        """One optimizer step. Returns the loss of the whole batch in nats per token."""
+        """One optimizer step. Returns the loss of the whole batch in nats per token.
+
+        NaN, and no step, if the gradient is not finite.
+        """
         config = self.config
         rows = self.tokens.training_rows(number, config.batch_size, self.sizes.seq_len, config.seed)
         n_target = rows[:, 1:].numel()
@@ -149,11 +152,12 @@ class Trainer:
                 (loss * world).backward()  # times world: gradients are averaged over the ranks
             total += loss.detach()
         loss = machinery.sum_over_ranks(total).item()
-        if math.isfinite(loss):
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(number, config)
-            self.optimizer.step()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip).item()
+        if not math.isfinite(loss + norm):
+            return math.nan
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(number, config)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         return loss
 

@@ -8,11 +8,13 @@ import atexit
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(FOLDER / "data"))
 sys.path.insert(0, str(FOLDER))
 CACHE = tempfile.TemporaryDirectory(prefix="llama-tests-")
 atexit.register(CACHE.cleanup)
@@ -31,6 +33,7 @@ import run
 from model import LlamaConfig
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts us deaf to it
 with contextlib.suppress(ImportError):  # tests that need it skip themselves
     import hypothesis
 

@@ -365,7 +365,8 @@ def cut(file: Path) -> None:
 
 
 def rewrite(file: Path, **changes) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | changes))
+    content = json.loads(file.read_text(encoding="utf-8")) | changes
+    file.write_text(json.dumps(content), encoding="utf-8")
 
 
 def misshape(run: Path) -> None:

@@ -182,18 +182,18 @@ def test_generators_are_put_back_from_a_safe_file(tmp_path):
 def test_file_appears_whole_in_the_end(tmp_path):
     file = tmp_path / "file"
     with whole_file(file) as part:
-        part.write_text("new")
+        part.write_text("new", encoding="utf-8")
         assert not file.exists()
-    assert file.read_text() == "new" and list(tmp_path.iterdir()) == [file]
+    assert file.read_text(encoding="utf-8") == "new" and list(tmp_path.iterdir()) == [file]
 
 
 def test_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     file = tmp_path / "file"
-    file.write_text("old")
+    file.write_text("old", encoding="utf-8")
     with pytest.raises(ZeroDivisionError), whole_file(file) as part:
-        part.write_text("ne")
+        part.write_text("ne", encoding="utf-8")
         raise ZeroDivisionError
-    assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
+    assert file.read_text(encoding="utf-8") == "old" and list(tmp_path.iterdir()) == [file]
 
 
 def test_failure_before_anything_was_written_leaves_nothing(tmp_path):
@@ -209,7 +209,7 @@ def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(run.os, "fsync", lambda f: (order.append("fsync"), fsync(f)))
     monkeypatch.setattr(run.os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     with whole_file(tmp_path / "file") as part:
-        part.write_text("x")
+        part.write_text("x", encoding="utf-8")
     assert order == ["fsync", "replace"]
 
 
@@ -235,7 +235,7 @@ def test_line_cut_short_is_dropped(tmp_path):
     it = RunDirectory(tmp_path / "run")
     it.start()
     it.log(step=1)
-    with open(it.log_file, "a") as file:
+    with open(it.log_file, "a", encoding="utf-8") as file:
         file.write('{"step": 2, "lo')
     assert it.history() == [{"step": 1}]
     it.history(before=1)
@@ -248,7 +248,7 @@ def test_start_forgets_the_run_before_and_torn_files(tmp_path):
     old = [it.checkpoint, it.weights, tmp_path / ".checkpoint.pt.77.part"]
     for file in old:
         file.touch()
-    it.log_file.write_text('{"step": 1}\n')
+    it.log_file.write_text('{"step": 1}\n', encoding="utf-8")
     (tmp_path / "mine.txt").touch()
     it.start()
     assert not any(file.exists() for file in old)
@@ -258,7 +258,7 @@ def test_start_forgets_the_run_before_and_torn_files(tmp_path):
 def test_config_is_saved_with_versions(tmp_path):
     it = RunDirectory(tmp_path)
     it.save_config({"model": {"n": 1}})
-    config = json.loads(it.config.read_text())
+    config = json.loads(it.config.read_text(encoding="utf-8"))
     assert config["model"] == {"n": 1}
     assert config["versions"]["torch"] == torch.__version__
 

@@ -4,16 +4,12 @@ import itertools
 import json
 import math
 import random
-import sys
 
+import make_stories
 import pytest
 
-from conftest import FOLDER
-
-sys.path.insert(0, str(FOLDER / "data"))
-import make_stories
-
 import data
+from conftest import FOLDER
 
 
 @pytest.fixture(scope="module")

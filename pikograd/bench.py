@@ -1,0 +1,219 @@
+"""`--bench`: pikograd beside torch eager and beside micrograd's algorithm, same work, one process.
+
+The two take turns in blocks of steps: alternating single steps would make numpy's and torch's
+thread pools, which spin for a while after each product, steal the cores from each other. Medians of
+nine blocks each; ratios above 1 mean pikograd is faster.
+"""
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+
+import data
+import nn
+import optim
+import tensor as pg
+from model import ScalarNet
+from run import UserError, say
+from value import Value
+
+BLOCKS = 9
+
+
+def alternate(*jobs, inner=10, warm=3):
+    """Median seconds of a call of each job: BLOCKS blocks of `inner` calls each, in turns."""
+    medians = [[] for _ in jobs]
+    for _ in range(BLOCKS):
+        for job, found in zip(jobs, medians, strict=True):
+            times = []
+            for _ in range(warm + inner):
+                start = time.perf_counter()
+                job()
+                times.append(time.perf_counter() - start)
+            found.append(np.median(times[warm:]))
+    return [float(np.median(m)) for m in medians]
+
+
+def layers(lib, kind):
+    """The same net from either library."""
+    if kind == "mlp":
+        parts = (lib.Linear(784, 256), lib.ReLU(), lib.Linear(256, 128), lib.ReLU())
+        return lib.Sequential(*parts, lib.Linear(128, 10))
+    convolutions = (lib.Conv2d(1, 16, 3), lib.ReLU(), lib.MaxPool2d(2))
+    convolutions += (lib.Conv2d(16, 32, 3), lib.ReLU(), lib.MaxPool2d(2))
+    return lib.Sequential(*convolutions, lib.Flatten(), lib.Linear(800, 10))
+
+
+def step_of(net, optimizer, loss, x, y):
+    def step():
+        optimizer.zero_grad()
+        loss(net(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def bench_nets(torch, table):
+    """Whole training steps with Adam: forward, backward, update."""
+    rng, out = np.random.default_rng(0), {}
+    for kind, batch, shape in (("mlp", 128, (784,)), ("cnn", 64, (1, 28, 28))):
+        x, y = rng.standard_normal((batch, *shape)).astype(np.float32), rng.integers(0, 10, batch)
+        ours, theirs = layers(nn, kind), layers(torch.nn, kind)
+        ours.load_state_dict(theirs.state_dict())
+        a, b = alternate(
+            step_of(ours, optim.Adam(ours.parameters()), nn.cross_entropy, pg.Tensor(x), y),
+            step_of(theirs, torch.optim.Adam(theirs.parameters()),
+                    torch.nn.functional.cross_entropy, torch.tensor(x), torch.tensor(y)),
+        )  # fmt: skip
+        table(f"{kind} step, batch {batch}", a * 1e3, b * 1e3, "ms")
+        out[f"{kind}_vs_torch"] = b / a
+    return out
+
+
+def bench_overhead(torch, table, n=500):
+    """A chain of n additions to one number: forward and backward per operation, all overhead."""
+
+    def chain(tensor, one):
+        def run():
+            x = tensor
+            for _ in range(n):
+                x = x + one
+            x.backward()
+
+        return run
+
+    ours, theirs = pg.Tensor(1.0, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    a, b = alternate(chain(ours, pg.Tensor(1.0)), chain(theirs, torch.tensor(1.0)), inner=5)
+    table("tape overhead per operation", a / n * 1e6, b / n * 1e6, "µs")
+    return {"overhead_us": a / n * 1e6, "overhead_vs_torch": b / a}
+
+
+class ClosureValue:
+    """micrograd's algorithm: a closure per step, a recursive sort (our own text)."""
+
+    def __init__(self, data, children=()):
+        self.data, self.grad, self._prev = data, 0, set(children)
+        self._backward = lambda: None
+
+    def __add__(self, other):
+        other = other if isinstance(other, ClosureValue) else ClosureValue(other)
+        out = ClosureValue(self.data + other.data, (self, other))
+
+        def back():
+            self.grad += out.grad
+            other.grad += out.grad
+
+        out._backward = back
+        return out
+
+    def __mul__(self, other):
+        other = other if isinstance(other, ClosureValue) else ClosureValue(other)
+        out = ClosureValue(self.data * other.data, (self, other))
+
+        def back():
+            self.grad += other.data * out.grad
+            other.grad += self.data * out.grad
+
+        out._backward = back
+        return out
+
+    def squash(self, f, slope):
+        out = ClosureValue(f(self.data), (self,))
+
+        def back():
+            self.grad += slope(out.data) * out.grad
+
+        out._backward = back
+        return out
+
+    def tanh(self):
+        return self.squash(math.tanh, lambda t: 1 - t * t)
+
+    def relu(self):
+        return self.squash(lambda x: max(x, 0.0), lambda y: float(y > 0))
+
+    def __rsub__(self, other):
+        return self * -1 + other
+
+    __radd__, __rmul__ = __add__, __mul__
+
+    def backward(self):
+        order, seen = [], set()
+
+        def visit(v):
+            if v not in seen:
+                seen.add(v)
+                for child in v._prev:
+                    visit(child)
+                order.append(v)
+
+        visit(self)
+        self.grad = 1
+        for v in reversed(order):
+            v._backward()
+
+
+def scalar_step(kind):
+    """One training step on 100 points with the given scalar class, 2-16-16-1."""
+    points, labels = data.moons(100, seed=1)
+    net = ScalarNet(16)
+    net.layers = [[[kind(p.data) for p in row] for row in rows] for rows in net.layers]
+    examples = list(zip(points.tolist(), labels.tolist(), strict=True))
+
+    def step():
+        losses = [(1 - y * net(x)).relu() for x, y in examples]
+        (sum(losses[1:], losses[0]) * 0.01).backward()
+        for p in net.parameters():
+            p.data -= 0.1 * p.grad
+            p.grad = 0.0
+
+    return step
+
+
+def bench_scalar(table):
+    """A step on 100 points of two moons, 2-16-16-1: as tensors, as Values, as micrograd does it."""
+    points, labels = data.moons(100, seed=1)
+    net = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = optim.SGD(net.parameters(), lr=0.1)
+    x, y = pg.Tensor(points, dtype=np.float32), pg.Tensor(labels[:, None], dtype=np.float32)
+
+    def tensor_step():
+        optimizer.zero_grad()
+        (1.0 - y * net(x)).relu().mean().backward()
+        optimizer.step()
+
+    (a,) = alternate(tensor_step, inner=50)
+    b, c = alternate(scalar_step(Value), scalar_step(ClosureValue), inner=1, warm=1)
+    table("moons step, Value", b * 1e3, c * 1e3, "ms", "micrograd's algorithm")
+    table("moons step, tensors", a * 1e3, c * 1e3, "ms", "micrograd's algorithm")
+    return {"scalar_step_s": b, "scalar_vs_micrograd": c / b, "tensor_vs_micrograd": c / a}
+
+
+def bench_products():
+    """The limit: rate of numpy's own matrix product, and what of it an MLP step reaches."""
+    a = np.ones((1024, 1024), np.float32)
+    seconds = alternate(lambda: a @ a, inner=5)[0]
+    return 2 * 1024**3 / seconds
+
+
+def main():
+    try:
+        import torch
+    except ImportError:
+        raise UserError("--bench compares with torch: pip install torch") from None
+    say(f"numpy {np.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} torch threads")  # fmt: skip
+    print(f"{'':32s}{'pikograd':>12s}{'peer':>12s}{'ratio':>10s}")
+
+    def table(name, ours, theirs, unit, peer=""):
+        ratio = theirs / ours
+        print(f"{name:32s}{ours:9.3f} {unit}{theirs:9.3f} {unit}{ratio:9.2f} × {peer}", flush=True)
+
+    out = bench_nets(torch, table) | bench_overhead(torch, table) | bench_scalar(table)
+    peak = bench_products()
+    print(f"numpy's matrix product: {peak / 1e9:.0f} GFLOP/s")
+    out |= {"gemm_gflops": peak / 1e9}
+    print(json.dumps({name: round(value, 4) for name, value in out.items()}))

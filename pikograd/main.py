@@ -1,0 +1,218 @@
+"""pikograd: what PyTorch does underneath, on numpy alone. Train four small models with it.
+
+python main.py --train                    3 s on two cores: handwritten digits, a small CNN
+python main.py --train --model gpt        1-2 minutes: a character model of a tiny grammar
+python main.py --train --model moons      10 s: two moons, every number a Value
+python main.py --train --model mlp --data FOLDER      20 s: MNIST's four idx files
+python main.py --sample                   at once: held-out digits and what the net sees
+python main.py --sample --model gpt       at once: text
+python main.py --classify FILE            at once: one picture, .npy or .pgm
+python main.py --eval                     seconds; the last line is JSON
+python main.py --bench                    a minute; beside torch, if it is installed
+python main.py --figures                  a minute; draws assets/ anew
+python main.py --selfcheck                2 s; every operation against finite differences
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import data
+import run
+import tensor as pg
+import train
+from run import UserError, say
+
+HERE = Path(__file__).resolve().parent
+VERBS = ("train", "sample", "eval", "bench", "figures", "selfcheck")
+
+
+def parser():
+    """All verbs and options."""
+    parser = run.Parser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verbs = parser.add_argument_group("What to do, see above")
+    for verb in VERBS:
+        verbs.add_argument(f"--{verb}", action="store_true")
+    verbs.add_argument("--classify", metavar="FILE", help="name the digit in a picture")
+    verbs.add_argument(
+        "--export", metavar="DIR", help="write weights that torch loads, safetensors"
+    )
+    verbs.add_argument("--resume", action="store_true", help="with --train: go on from --out")
+    verbs.add_argument("--weights", metavar="DIR", help="a run directory instead of the newest")
+    verbs.add_argument(
+        "--prompt", default="", metavar="TEXT", help="what a gpt's sample begins with"
+    )
+    verbs.add_argument("--temperature", type=float, default=0.7, help="of a gpt's sample (0.7)")
+    run.add_options(parser, train.TrainConfig)
+    return parser
+
+
+def load(args, kinds=train.MODELS):
+    """The task of --weights, else of the newest run of a fitting model, else the one shipped."""
+    asked = run.given(args, train.TrainConfig)
+    kinds = (asked["model"],) if asked.get("model") in kinds else kinds
+    if args.weights:
+        found = [Path(args.weights)]
+    else:
+        shipped = [
+            HERE / "pretrained" / kind for kind in sorted(kinds, key="cnn gpt mlp moons".find)
+        ]
+        found = [f for f in run.newest_run(HERE / "runs") if kind_of(f) in kinds] + shipped
+    say(f"weights    {found[0]}")
+    changes = {"data": asked["data"]} if "data" in asked else {}
+    task, _ = train.load_run(found[0], changes)
+    if task.model.kind not in kinds:
+        raise UserError(f"{found[0]} holds a {task.model.kind}, needed is {' or '.join(kinds)}")
+    return task, found[0]
+
+
+def kind_of(folder):
+    try:
+        return run.read_json(folder / "config.json").get("model", {}).get("kind")
+    except UserError:
+        return None
+
+
+def do_train(args):
+    """Train, then show a sample."""
+    config = run.from_options(train.TrainConfig(), args)
+    train.train(config, args.resume)
+    say(f"written    {config.out}")
+
+
+def do_eval(args):
+    """Score the held-out data; the last line is JSON."""
+    task, folder = load(args)
+    score = task.evaluate()
+    print(train.show(score))
+    print(json.dumps({"weights": str(folder), "model": task.model.kind, **score}))
+
+
+def do_sample(args):
+    """Digits with the net's opinion, text, or a map of the moons."""
+    task, _ = load(args)
+    seed = getattr(args, "seed", 0)
+    if task.model.kind == "gpt":
+        print(write(task, args.prompt, args.temperature, seed))
+    elif task.model.kind == "moons":
+        print(moon_map(task))
+    else:
+        rows = np.random.default_rng(seed).permutation(len(task.data.y_test))[:4]
+        for i in rows:
+            print(f"{picture(task.data.x_test[i, 0])}\nis a {task.data.y_test[i]}; "
+                  f"the net says {opinion(task, task.data.x_test[i])}\n")  # fmt: skip
+
+
+def do_classify(args):
+    """One picture from a file."""
+    task, _ = load(args, ("cnn", "mlp"))
+    image = data.read_image(args.classify)
+    if image.shape != tuple(task.model.image):
+        raise UserError(
+            f"--classify {args.classify}: the picture is {image.shape}, this net reads "
+            f"{tuple(task.model.image)}; resize it, or train on pictures of that size"
+        )
+    top = 16.0 if tuple(task.model.image) == (8, 8) else 255.0
+    image = image * (top if image.max() <= 1 else 1.0)
+    x = ((image - task.model.mean) / task.model.std)[None]
+    print(f"{picture(x[0])}\nthe net says {opinion(task, x)}")
+
+
+def opinion(task, x):
+    """The two likeliest classes of one image (1, H, W)."""
+    task.net.eval()
+    with pg.no_grad():
+        p = pg.softmax(task.logits(x[None]), 1)[0].numpy()
+    best = np.argsort(-p)[:2]
+    return ", ".join(f"{k} ({100 * p[k]:.1f} %)" for k in best)
+
+
+def picture(x):
+    """An image in characters, two per pixel."""
+    shades = " .:-=+*#%@"
+    level = (x - x.min()) / ((x.max() - x.min()) or 1) * (len(shades) - 1)
+    return "\n".join("".join(shades[round(float(v))] * 2 for v in row) for row in level)
+
+
+def moon_map(task, columns=60, rows=20):
+    """The decision of the scalar net over the plane: # upper moon, · lower moon."""
+    x, y = np.meshgrid(np.linspace(-1.5, 2.5, columns), np.linspace(1.5, -1.0, rows))
+    s = task.scores(np.stack([x.ravel(), y.ravel()], 1)).reshape(rows, columns)
+    return "\n".join("".join("#" if v > 0 else "·" for v in row) for row in s)
+
+
+def write(task, prompt, temperature, seed, length=300):
+    """`length` characters after the prompt (a line break if there is none)."""
+    if not temperature > 0:
+        raise UserError(f"--temperature must be more than 0, not {temperature}")
+    vocab, rng = task.model.vocab, np.random.default_rng(seed)
+    strange = sorted(set(prompt) - set(vocab))
+    if strange:
+        raise UserError(f"--prompt: this model knows no {strange[0]!r}, only {vocab!r}")
+    text = prompt or vocab[0]
+    task.net.eval()
+    with pg.no_grad():
+        for _ in range(length):
+            ids = data.encode(text[-task.model.seq_len :], vocab)[None]
+            p = pg.softmax(task.net(pg.Tensor(ids))[0, -1] / temperature, 0).double().numpy()
+            text += vocab[rng.choice(len(vocab), p=p / p.sum())]
+    return text.strip("\n")
+
+
+def do_export(args):
+    """config.json and model.safetensors: tensor names and shapes are torch's."""
+    _, folder = load(args)
+    target = Path(args.export)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            with run.whole_file(target / name) as part:
+                shutil.copyfile(folder / name, part)
+    except OSError as error:
+        raise UserError(f"--export {target}: {error.strerror}") from None
+    say(f"exported   {target}")
+
+
+def do_bench(args):
+    import bench
+
+    bench.main()
+
+
+def do_figures(args):
+    import figures
+
+    figures.main()
+
+
+def do_selfcheck(args):
+    import selfcheck
+
+    selfcheck.main()
+
+
+def main():
+    """Do what the command line says, in the order of the help."""
+    everything = parser()
+    args = everything.parse_args()
+    if args.resume and not args.train:
+        raise UserError("--resume goes with --train")
+    if args.train and args.weights:
+        raise UserError("--weights goes with --sample, --classify, --eval and --export")
+    wanted = [verb for verb in (*VERBS, "classify", "export") if getattr(args, verb)]
+    if not wanted:
+        everything.print_help()
+    for verb in wanted:
+        getattr(sys.modules[__name__], f"do_{verb}")(args)
+
+
+if __name__ == "__main__":
+    run.command_line(main)

@@ -1,0 +1,633 @@
+"""Layers and losses: a `Module` is a tree of parameters with a forward.
+
+Parameter names, shapes, initial distributions and defaults are torch's, so a torch state dict of
+the same net loads and gives the same outputs (tests/test_nn.py).
+
+Left out: lazy modules, sparse gradients, class weights, padding other than zeros, dilation.
+Dimension key: N batch, T time, C channels or classes, H W image, D features.
+"""
+
+import math
+
+import numpy as np
+
+import tensor as pg
+from engine import ShapeError, Tensor, as_tensor
+from tensor import conv1d, conv2d, gelu, linear, max_pool1d, max_pool2d, softmax, stack, where
+
+
+class Parameter(Tensor):
+    """A Tensor that a Module counts among its parameters."""
+
+    __slots__ = ()
+
+    def __init__(self, data, requires_grad=True):
+        super().__init__(data, requires_grad)
+
+
+class Hook:
+    """What `register_…_hook` returns: remove() undoes the registration."""
+
+    def __init__(self, hooks, f):
+        self.hooks, self.f = hooks, f
+        hooks.append(f)
+
+    def remove(self):
+        self.hooks.remove(self.f)
+
+
+class Module:
+    """Base of all layers: assign Parameters and Modules to attributes, write `forward`."""
+
+    def __init__(self):
+        self._parameters, self._buffers, self._modules = {}, {}, {}
+        self._pre_hooks, self._hooks = [], []
+        self.training = True
+
+    def __setattr__(self, name, value):
+        if isinstance(value, Parameter):
+            self._parameters[name] = value
+        elif isinstance(value, Module):
+            self._modules[name] = value
+        elif "_buffers" in self.__dict__ and name in self._buffers:
+            self._buffers[name] = value
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name):
+        for registry in (self._parameters, self._buffers, self._modules):
+            registry.pop(name, None)
+        super().__delattr__(name)
+
+    def register_buffer(self, name, value):
+        """A tensor that is saved with the parameters but not trained."""
+        self._buffers[name] = value
+        super().__setattr__(name, value)
+
+    def __call__(self, *args, **kwargs):
+        for hook in self._pre_hooks:
+            changed = hook(self, args)
+            if changed is not None:
+                args = changed if isinstance(changed, tuple) else (changed,)
+        out = self.forward(*args, **kwargs)
+        for hook in self._hooks:
+            changed = hook(self, args, out)
+            out = out if changed is None else changed
+        return out
+
+    def register_forward_pre_hook(self, f):
+        """f(module, args) before each forward; what it returns, unless None, replaces the args."""
+        return Hook(self._pre_hooks, f)
+
+    def register_forward_hook(self, f):
+        """f(module, args, out) after each forward; what it returns, unless None, replaces out."""
+        return Hook(self._hooks, f)
+
+    def forward(self, *args):
+        raise NotImplementedError(f"{type(self).__name__} has no forward")
+
+    def named_modules(self, prefix=""):
+        """(dotted name, module) for this module and all below, each once."""
+        seen, stack = set(), [(prefix, self)]
+        while stack:
+            name, module = stack.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+                below = [(f"{name}.{k}" if name else k, m) for k, m in module._modules.items()]
+                stack.extend(reversed(below))
+
+    def modules(self):
+        return (m for _, m in self.named_modules())
+
+    def _named(self, registry):
+        for prefix, module in self.named_modules():
+            for name, value in getattr(module, registry).items():
+                yield f"{prefix}.{name}" if prefix else name, value
+
+    def named_parameters(self):
+        """(dotted name, parameter), a shared one under its first name only."""
+        seen = set()
+        for name, p in self._named("_parameters"):
+            if id(p) not in seen:
+                seen.add(id(p))
+                yield name, p
+
+    def parameters(self):
+        return [p for _, p in self.named_parameters()]
+
+    def named_buffers(self):
+        return self._named("_buffers")
+
+    def state_dict(self):
+        """Dotted name → Tensor, detached but of the same memory; shared ones under every name."""
+        tensors = dict(self._named("_parameters")) | dict(self.named_buffers())
+        return {name: t.detach() for name, t in tensors.items()}
+
+    def load_state_dict(self, state):
+        """Copy values in: Tensors, numpy arrays or torch tensors under the names of state_dict().
+
+        Raises KeyError for missing or unexpected names and ShapeError for shapes that differ;
+        then nothing has been loaded.
+        """
+        own = self.state_dict()
+        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if missing or extra:
+            raise KeyError(f"state dict: missing {missing or 'none'}, unexpected {extra or 'none'}")
+        arrays = {k: np.asarray(v.data if isinstance(v, Tensor) else v) for k, v in state.items()}
+        for name, array in arrays.items():
+            if array.shape != own[name].shape:
+                raise ShapeError(
+                    f"state dict: {name} has shape {array.shape}, the net has {own[name].shape}"
+                )
+        for name, array in arrays.items():
+            own[name].data[...] = array
+            own[name].bump("load_state_dict")
+
+    def train(self, mode=True):
+        for module in self.modules():
+            module.training = mode
+        return self
+
+    def eval(self):
+        return self.train(False)
+
+    def zero_grad(self):
+        for p in self.parameters():
+            p.grad = None
+
+    def to(self, dtype):
+        """Change the dtype of all floating parameters and buffers."""
+        for module in self.modules():
+            for registry in (module._parameters, module._buffers):
+                for t in registry.values():
+                    t.data = t.data.astype(dtype) if t.data.dtype.kind == "f" else t.data
+        return self
+
+    def __repr__(self):
+        rows = [f"({name}): {m!r}".replace("\n", "\n  ") for name, m in self._modules.items()]
+        body = self.extra_repr() + "".join(f"\n  {row}" for row in rows) + ("\n" if rows else "")
+        return f"{type(self).__name__}({body})"
+
+    def extra_repr(self):
+        return ""
+
+
+class Sequential(Module):
+    """One after the other."""
+
+    def __init__(self, *modules):
+        super().__init__()
+        for i, module in enumerate(modules):
+            setattr(self, str(i), module)
+
+    def forward(self, x):
+        for module in self._modules.values():
+            x = module(x)
+        return x
+
+    def __len__(self):
+        return len(self._modules)
+
+    def __getitem__(self, i):
+        return list(self._modules.values())[i]
+
+    def __iter__(self):
+        return iter(self._modules.values())
+
+
+class ModuleList(Sequential):
+    """A list whose modules count; it has no forward."""
+
+    def __init__(self, modules=()):
+        super().__init__(*modules)
+
+    def append(self, module):
+        setattr(self, str(len(self)), module)
+        return self
+
+    def forward(self, x):
+        raise NotImplementedError("ModuleList has no forward: call its modules")
+
+
+def _uniform(bound, *shape):
+    return Parameter(pg.random.uniform(-bound, bound, shape).astype(np.float32))
+
+
+class Linear(Module):
+    """y = x·Wᵀ + b, x (…, in), W (out, in). W, b start uniform in ±1/√in."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight = _uniform(bound, out_features, in_features)
+        self.bias = _uniform(bound, out_features) if bias else None
+
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
+
+
+class _Conv(Module):
+    def __init__(self, in_channels, out_channels, kernel, stride, padding, groups, bias):
+        super().__init__()
+        fan_in = in_channels // groups * math.prod(kernel)
+        self.stride, self.padding, self.groups = stride, padding, groups
+        self.weight = _uniform(1 / math.sqrt(fan_in), out_channels, in_channels // groups, *kernel)
+        self.bias = _uniform(1 / math.sqrt(fan_in), out_channels) if bias else None
+
+    def extra_repr(self):
+        return f"{self.weight.shape}, stride={self.stride}, padding={self.padding}"
+
+
+class Conv1d(_Conv):
+    """(N, C, L) → (N, O, L_out), L_out = (L + 2·padding − kernel) // stride + 1."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1,
+                 bias=True):  # fmt: skip
+        super().__init__(in_channels, out_channels, pg._tuple(kernel_size, 1), stride, padding,
+                         groups, bias)  # fmt: skip
+
+    def forward(self, x):
+        return conv1d(x, self.weight, self.bias, self.stride, self.padding, self.groups)
+
+
+class Conv2d(_Conv):
+    """(N, C, H, W) → (N, O, H_out, W_out), H_out = (H + 2·padding − kernel) // stride + 1."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1,
+                 bias=True):  # fmt: skip
+        super().__init__(in_channels, out_channels, pg._tuple(kernel_size, 2), stride, padding,
+                         groups, bias)  # fmt: skip
+
+    def forward(self, x):
+        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.groups)
+
+
+class MaxPool2d(Module):
+    """(N, C, H, W) → the maximum of each window."""
+
+    pool = staticmethod(max_pool2d)
+
+    def __init__(self, kernel_size, stride=None):
+        super().__init__()
+        self.kernel_size, self.stride = kernel_size, stride
+
+    def forward(self, x):
+        return self.pool(x, self.kernel_size, self.stride)
+
+    def extra_repr(self):
+        return f"{self.kernel_size}"
+
+
+class MaxPool1d(MaxPool2d):
+    """(N, C, L) → the maximum of each window."""
+
+    pool = staticmethod(max_pool1d)
+
+
+class AvgPool2d(MaxPool2d):
+    """(N, C, H, W) → the mean of each window."""
+
+    pool = staticmethod(pg.avg_pool2d)
+
+
+class AvgPool1d(MaxPool2d):
+    """(N, C, L) → the mean of each window."""
+
+    pool = staticmethod(pg.avg_pool1d)
+
+
+class BatchNorm(Module):
+    """x̂·γ + β with statistics per channel (axis 1): of the batch in training, running in eval.
+
+    Ioffe & Szegedy 2015 (arXiv:1502.03167), Alg. 1. Running: (1 − momentum)·old + momentum·new,
+    the new variance divided by n − 1. One class for BatchNorm1d and BatchNorm2d.
+    """
+
+    def __init__(self, num_features, eps=1e-5, momentum=0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = Parameter(np.ones(num_features, np.float32))
+        self.bias = Parameter(np.zeros(num_features, np.float32))
+        self.register_buffer("running_mean", pg.zeros(num_features))
+        self.register_buffer("running_var", pg.ones(num_features))
+        self.register_buffer("num_batches_tracked", Tensor(0))
+
+    def forward(self, x):
+        dims = (0, *range(2, x.ndim))
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        if self.training:
+            self._track(x.data, dims)
+            normed = pg.standardize(x, dims, self.eps)
+        else:
+            scale = (self.running_var + self.eps) ** -0.5
+            normed = (x - self.running_mean.reshape(shape)) * scale.reshape(shape)
+        return normed * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+    def _track(self, x, dims):
+        n = x.size // x.shape[1]
+        if n < 2:
+            raise ShapeError(f"BatchNorm: one value per channel in training, shape {x.shape}")
+        new = (x.mean(dims), x.var(dims) * (n / (n - 1)))
+        for old, value in zip((self.running_mean, self.running_var), new, strict=True):
+            old.copy_(Tensor((1 - self.momentum) * old.data + self.momentum * value))
+        self.num_batches_tracked.add_(1)
+
+    def extra_repr(self):
+        return f"{self.weight.shape[0]}"
+
+
+BatchNorm1d = BatchNorm2d = BatchNorm
+
+
+def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
+    """x̂·γ + β over the last axes, Ba et al. 2016 (arXiv:1607.06450), Eq. 3."""
+    if x.shape[-len(normalized_shape) :] != tuple(normalized_shape):
+        raise ShapeError(f"layer_norm: shapes {x.shape} and {tuple(normalized_shape)}")
+    x = pg.standardize(x, tuple(range(-len(normalized_shape), 0)), eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+class LayerNorm(Module):
+    """layer_norm over the last axes, `normalized_shape` an int or a tuple."""
+
+    def __init__(self, normalized_shape, eps=1e-5):
+        super().__init__()
+        self.shape, self.eps = pg._tuple(normalized_shape, 1), eps
+        self.weight = Parameter(np.ones(self.shape, np.float32))
+        self.bias = Parameter(np.zeros(self.shape, np.float32))
+
+    def forward(self, x):
+        return layer_norm(x, self.shape, self.weight, self.bias, self.eps)
+
+    def extra_repr(self):
+        return f"{self.shape}"
+
+
+class RMSNorm(Module):
+    """x/√(mean(x²) + eps)·γ over the last axis, Zhang & Sennrich 2019 (arXiv:1910.07467), Eq. 4."""
+
+    def __init__(self, d_model, eps=1e-5):
+        super().__init__()
+        self.eps, self.weight = eps, Parameter(np.ones(d_model, np.float32))
+
+    def forward(self, x):
+        return x * (pg.mean(x * x, -1, keepdim=True) + self.eps) ** -0.5 * self.weight
+
+
+class GroupNorm(Module):
+    """x̂·γ + β over each group of channels, Wu & He 2018 (arXiv:1803.08494), Eq. 7."""
+
+    def __init__(self, num_groups, num_channels, eps=1e-5):
+        super().__init__()
+        if num_channels % num_groups:
+            raise ValueError(
+                f"GroupNorm: {num_groups} groups do not divide {num_channels} channels"
+            )
+        self.num_groups, self.eps = num_groups, eps
+        self.weight = Parameter(np.ones(num_channels, np.float32))
+        self.bias = Parameter(np.zeros(num_channels, np.float32))
+
+    def forward(self, x):
+        groups = pg.standardize(x.reshape(x.shape[0], self.num_groups, -1), -1, self.eps)
+        shape = (-1,) + (1,) * (x.ndim - 2)
+        return groups.reshape(x.shape) * self.weight.reshape(shape) + self.bias.reshape(shape)
+
+
+class Embedding(Module):
+    """Rows of a table: (…) integers → (…, D). Starts standard normal."""
+
+    def __init__(self, num_embeddings, embedding_dim):
+        super().__init__()
+        self.weight = Parameter(pg.random.standard_normal((num_embeddings, embedding_dim))
+                                .astype(np.float32))  # fmt: skip
+
+    def forward(self, index):
+        index = as_tensor(index)
+        n = self.weight.shape[0]
+        if index.data.size and not (index.data.min() >= 0 and index.data.max() < n):
+            raise IndexError(f"Embedding: index {index.data.max()} outside the table of {n} rows")
+        return self.weight[index]
+
+    def extra_repr(self):
+        return f"{self.weight.shape}"
+
+
+class Dropout(Module):
+    """In training each element is 0 with probability p, else divided by 1 − p."""
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return pg.dropout(x, self.p, self.training)
+
+    def extra_repr(self):
+        return f"p={self.p}"
+
+
+class Function(Module):
+    """A layer without parameters around a function of one tensor."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, x):
+        return self.f(x)
+
+    def extra_repr(self):
+        return getattr(self.f, "__name__", "") or self.f.name
+
+
+def ReLU():
+    return Function(pg.relu)
+
+
+def Tanh():
+    return Function(pg.tanh)
+
+
+def GELU():
+    return Function(gelu)
+
+
+def Flatten():
+    """(N, …) → (N, everything else)."""
+    return Function(lambda x: x.flatten(1))
+
+
+def scaled_dot_product_attention(q, k, v, mask=None, causal=False):
+    """softmax(q·kᵀ/√D)·v, Vaswani et al. 2017 (arXiv:1706.03762), Eq. 1.
+
+    q (…, T, D), k, v (…, S, D). mask: boolean, broadcastable to (…, T, S), True = may look.
+    """
+    scores = (q @ k.mT) * (1 / math.sqrt(q.shape[-1]))  # (…, T, S)
+    if causal:
+        seen = np.tri(*scores.shape[-2:], dtype=bool)
+        mask = seen if mask is None else as_tensor(mask) & Tensor(seen)
+    if mask is not None:
+        scores = where(mask, scores, -np.inf)
+    return softmax(scores, -1) @ v
+
+
+class MultiHeadAttention(Module):
+    """Attention in `num_heads` subspaces, §3.2.2 of the same paper; torch's MultiheadAttention.
+
+    query (N, T, D), key and value (N, S, D), by default the query itself; → (N, T, D).
+    """
+
+    def __init__(self, embed_dim, num_heads):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {embed_dim}")
+        self.num_heads = num_heads
+        self.in_proj_weight = _uniform(math.sqrt(6 / (4 * embed_dim)), 3 * embed_dim, embed_dim)
+        self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, np.float32))
+        self.out_proj = Linear(embed_dim, embed_dim)
+        self.out_proj.bias.data[:] = 0.0
+
+    def forward(self, query, key=None, value=None, mask=None, causal=False):
+        if key is None:
+            parts = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+        else:
+            inputs = (query, key, key if value is None else value)
+            weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+            parts = [linear(*a) for a in zip(inputs, weights, biases, strict=True)]
+        q, k, v = (self._split(p) for p in parts)
+        out = scaled_dot_product_attention(q, k, v, mask, causal)  # (N, heads, T, D/heads)
+        return self.out_proj(out.transpose(1, 2).reshape(query.shape))
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+
+class _Cell(Module):
+    """Weights of a recurrent cell with `gates` blocks of size H; all uniform in ±1/√H."""
+
+    def __init__(self, input_size, hidden_size, gates):
+        super().__init__()
+        bound = 1 / math.sqrt(hidden_size)
+        self.hidden_size = hidden_size
+        self.weight_ih = _uniform(bound, gates * hidden_size, input_size)
+        self.weight_hh = _uniform(bound, gates * hidden_size, hidden_size)
+        self.bias_ih = _uniform(bound, gates * hidden_size)
+        self.bias_hh = _uniform(bound, gates * hidden_size)
+
+    def start(self, x):
+        return pg.zeros(x.shape[0], self.hidden_size, dtype=x.dtype)
+
+    def both(self, x, h):
+        """The input's and the state's share of all gates: (N, gates·H) each."""
+        own = linear(x, self.weight_ih, self.bias_ih)
+        return own, linear(h, self.weight_hh, self.bias_hh)
+
+
+class RNNCell(_Cell):
+    """h' = tanh(W_i·x + b_i + W_h·h + b_h), Elman 1990."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size, 1)
+
+    def forward(self, x, h=None):
+        a, b = self.both(x, self.start(x) if h is None else h)
+        return (a + b).tanh()
+
+
+class LSTMCell(_Cell):
+    """i, f, o = σ(…), g = tanh(…); c' = f·c + i·g; h' = o·tanh(c'). Gers et al. 2000."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size, 4)
+
+    def forward(self, x, state=None):
+        h, c = (self.start(x), self.start(x)) if state is None else state
+        a, b = self.both(x, h)
+        i, f, g, o = (a + b).chunk(4, 1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+
+
+class GRUCell(_Cell):
+    """r, z = σ(…); n = tanh(W·x + b + r·(U·h + b')); h' = (1 − z)·n + z·h. Cho et al. 2014
+    (arXiv:1406.1078), Eq. 5–8, with torch's place of r and sense of z."""
+
+    def __init__(self, input_size, hidden_size):
+        super().__init__(input_size, hidden_size, 3)
+
+    def forward(self, x, h=None):
+        h = self.start(x) if h is None else h
+        a, b = self.both(x, h)
+        (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)
+        z = (az + bz).sigmoid()
+        n = (an + (ar + br).sigmoid() * bn).tanh()
+        return n + z * (h - n)
+
+
+# ── Losses ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _reduce(rows, reduction):
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction {reduction!r} is none of 'mean', 'sum', 'none'")
+    return {"mean": rows.mean, "sum": rows.sum, "none": lambda: rows}[reduction]()
+
+
+def cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """−Σ q·log softmax(logits) in nats, q one-hot, or (1 − ε)·one-hot + ε/C with smoothing ε.
+
+    logits (N, C, …), target (N, …) integers; the mean is over targets ≠ ignore_index. Equals ln C
+    for equal logits. Raises IndexError for a target outside [0, C).
+    """
+    target = as_tensor(target)
+    if logits.ndim != target.ndim + 1 or logits.shape[:1] + logits.shape[2:] != target.shape:
+        raise ShapeError(f"cross_entropy: shapes {logits.shape} and {target.shape}")
+    x = logits.permute(0, *range(2, logits.ndim), 1) if logits.ndim > 2 else logits
+    used = target.data != ignore_index
+    bad = used & ((target.data < 0) | (target.data >= x.shape[-1]))
+    if bad.any():
+        raise IndexError(f"cross_entropy: target {target.data[bad][0]} of {x.shape[-1]} classes")
+    rows = pg.cross_entropy_rows(x, target if used.all() else where(used, target, 0))
+    if label_smoothing:
+        uniform = pg.logsumexp(x, -1) - x.mean(-1)
+        rows = (1 - label_smoothing) * rows + label_smoothing * uniform
+    if used.all():
+        return _reduce(rows, reduction)
+    rows = where(used, rows, 0.0)
+    return rows.sum() / int(used.sum()) if reduction == "mean" else _reduce(rows, reduction)
+
+
+def mse_loss(x, y, reduction="mean"):
+    """(x − y)²."""
+    return _reduce(_same(x, y, "mse_loss").square(), reduction)
+
+
+def l1_loss(x, y, reduction="mean"):
+    """|x − y|."""
+    return _reduce(_same(x, y, "l1_loss").abs(), reduction)
+
+
+def _same(x, y, name):
+    y = as_tensor(y)
+    if x.shape != y.shape:
+        raise ShapeError(f"{name}: shapes {x.shape} and {y.shape} differ")
+    return x - y
+
+
+def binary_cross_entropy_with_logits(x, y, reduction="mean"):
+    """−y·log σ(x) − (1 − y)·log(1 − σ(x)) = softplus(x) − x·y, for y in [0, 1]."""
+    _same(x, y, "binary_cross_entropy_with_logits")
+    return _reduce(pg.softplus(x) - x * y, reduction)
+
+
+def unroll(cell, xs, state=None):
+    """Run a recurrent cell over (T, N, D): returns (all outputs (T, N, H), the last state)."""
+    outputs = []
+    for x in xs:
+        state = cell(x, state)
+        outputs.append(state[0] if isinstance(state, tuple) else state)
+    return stack(outputs), state

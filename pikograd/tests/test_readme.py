@@ -1,0 +1,80 @@
+"""The README's snippets, file table, commands, links and checksums are what they say."""
+
+import ast
+import contextlib
+import hashlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+import main
+import train
+from meter import gradient_cost
+
+HERE = Path(__file__).resolve().parent.parent
+TEXT = (HERE / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+
+
+def code_lines(path):
+    """Lines that are neither blank nor comment nor docstring."""
+    tree, text = ast.parse(path.read_text(encoding="utf-8")), path.read_text(encoding="utf-8")
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = set()
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node):
+            docs.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), 1)
+    return sum(1 for i, x in lines if x.strip() and not x.strip().startswith("#") and i not in docs)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_print_what_their_comments_say(snippet):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README", "exec"), {})
+    assert sum(bool(line.strip()) for line in snippet.splitlines()) <= 8
+    assert printed.getvalue().splitlines() == re.findall(r"print\(.*\)  # (.*)", snippet)
+
+
+def test_file_table_counts_code_lines():
+    rows = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", TEXT, re.M))
+    assert {name: int(n) for name, n in rows.items()} == {
+        path.name: code_lines(path) for path in HERE.glob("*.py")
+    }
+
+
+def test_commands_and_options_exist():
+    options = set(main.parser()._option_string_actions)
+    for command in re.findall(r"python main\.py ([^`#\n]*)", TEXT + main.__doc__):
+        flags = re.findall(r"--[\w-]+", command)
+        assert flags and set(flags) <= options
+    assert set(re.findall(r"`(--[\w-]+)", TEXT)) - options == {"--compile"}  # named as left out
+
+
+def test_links_and_pictures_are_there():
+    for link in re.findall(r"\]\(([^)]+)\)", TEXT):
+        assert link.startswith("https://") or (HERE / link).exists(), link
+
+
+def test_gradient_costs_in_the_text():
+    found = {}
+    for model in ("mlp", "cnn", "gpt"):
+        task, _ = train.load_run(HERE / "pretrained" / model)
+        x, y = task.data.batch(0, 64, 0)
+        forward, backward = gradient_cost(lambda t=task, x=x, y=y: t.loss(x, y))
+        found[model] = f"{backward / forward:.2f} × ({model})"
+    for words in found.values():
+        assert words in TEXT
+
+
+def test_promise_in_the_log_lines():
+    assert f"promises ≥ {100 * train.DEFAULTS['cnn']['promise']:g} %" in TEXT
+
+
+def test_checksums_of_the_data():
+    table = (HERE / "data" / "README.md").read_text(encoding="utf-8")
+    for name, digest in re.findall(r"^\| `([\w.]+)` .* `([0-9a-f]{64})` \|$", table, re.M):
+        assert hashlib.sha256((HERE / "data" / name).read_bytes()).hexdigest() == digest

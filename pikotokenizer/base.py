@@ -1,0 +1,479 @@
+"""What every tokenizer does around its algorithm: text → ids → text.
+
+    encode:  text ─ added tokens cut out ─ normalize ─ pre-tokenize ─ algorithm ─► ids
+    decode:  ids ─ pieces ─ decoder ─► text
+
+The algorithm itself is one method, `word_ids(word)`, in bpe.py, wordpiece.py and unigram.py. Here
+is also what makes plain Python fast: equal words have equal ids, so they are looked up in a dict;
+for the usual patterns a space is a border no token crosses, so whole stretches between spaces are.
+
+Left out: pairs of texts and token types (BERT's second segment), truncation inside `encode`.
+"""
+
+import codecs
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import chain
+
+from characters import PATTERNS, WHITE_SPACE, chars_to_bytes, well_formed
+from decoders import BYTE_PIECE, MARK, decoder
+from normalize import normalizer
+from pretokenize import is_word, pre_tokenizer
+
+UNKNOWN_TEXT = " ⁇ "  # U+2047, what SentencePiece decodes its unknown token to
+BLOCK = 1 << 20  # characters handled at a time, so that memory stays bounded
+LAST_SPACE = re.compile(r" (?=\S)")  # a border in every pattern of `PATTERNS`
+SPACE_IN_RUN = re.compile(r" (?!\S)(?<=\s )")  # a space that might not be one
+# Patterns of other vocabularies in which a space also begins a match wherever LAST_SPACE finds it:
+# the older cl100k_base, Llama 3 and Qwen 2.
+SPACED_PATTERNS = {
+    *PATTERNS.values(),
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+SPACES = "".join(chr(c) for first, last in WHITE_SPACE for c in range(first, last + 1))
+MARKED = re.compile(f"{MARK}*[^{MARK}]+|{MARK}+")
+WORD = re.compile(f"{MARK}[^{MARK}]*|[^{MARK}]+")
+MARK_BORDER = re.compile(f"(?<=[^{MARK}]){MARK}")
+
+
+class Cache(dict):
+    """A dict that computes what it lacks, and forgets everything when it is full."""
+
+    def __init__(self, compute: Callable[[str], Iterable[int]], limit: int):
+        self.compute, self.limit = compute, limit
+
+    def __missing__(self, key: str):
+        value = tuple(self.compute(key))  # a list would keep the garbage collector busy
+        if len(key) <= 64:  # long ones are rare and would fill the memory
+            if len(self) >= self.limit:
+                self.clear()
+            # A copy: the keys then lie side by side in memory, not among the parts of a text.
+            self[key[:1] + key[1:]] = value
+        return value
+
+
+@dataclass(frozen=True)
+class AddedToken:
+    """A token found in the text before anything else, with Hugging Face's switches.
+
+    special: only found if the caller allows it; the others always. single_word: not inside a word;
+    lstrip, rstrip: takes the white space beside it; normalized: looked for in the normalized text.
+    """
+
+    id: int
+    content: str
+    special: bool = True
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+
+
+@dataclass
+class Pipeline:
+    """The steps around the algorithm, each described as in `tokenizer.json` (None: nothing)."""
+
+    normalizer: dict | None = None
+    pre_tokenizer: dict | None = None
+    decoder: dict | None = None
+    prefix: tuple[int, ...] = ()  # ids that `add_special_tokens=True` puts before the text …
+    suffix: tuple[int, ...] = ()  # … and after it
+    added: list[AddedToken] = field(default_factory=list)
+
+
+class Tokenizer:
+    """Base of BPE, WordPiece and Unigram.
+
+    vocab: piece → id, the pieces written as in `tokenizer.json`. Raises ValueError if two pieces
+    share an id, or if a step of the pipeline is not supported.
+    """
+
+    algorithm = ""
+    unk_piece: str | None = None
+    byte_level = False  # the pieces are written in GPT-2's byte alphabet
+    cache_size = 1 << 18
+
+    def __init__(self, vocab: dict[str, int], pipeline: Pipeline):
+        self.vocab, self.pipeline = vocab, pipeline
+        self.pieces = {i: piece for piece, i in vocab.items()}
+        if len(self.pieces) != len(vocab) or min(self.pieces, default=0) < 0:
+            raise ValueError("two pieces of the vocabulary share an id, or an id is negative")
+        for token in pipeline.added:
+            if self.pieces.get(token.id, token.content) != token.content:
+                piece = self.pieces[token.id]
+                raise ValueError(f"the added token {token.content!r} has the id of {piece!r}")
+        self.added = {token.content: token for token in pipeline.added}
+        self.pieces |= {token.id: token.content for token in pipeline.added}
+        self.added_ids = {token.id: token.content for token in pipeline.added}
+        self.special_ids = {token.id for token in pipeline.added if token.special}
+        self.normalize = normalizer(pipeline.normalizer)
+        self.split = pre_tokenizer(pipeline.pre_tokenizer)
+        self.join = decoder(pipeline.decoder)
+        self.words = Cache(self.word_ids, self.cache_size)
+        self.stretches = Cache(self.stretch_ids, self.cache_size)
+        self.finder = lru_cache(64)(self._finder)
+        self.active: frozenset[str] = frozenset()
+        self.marked = MARK in vocab and not any(map(MARK_BORDER.search, vocab))
+        self.spaced = self._spaced()
+
+    def __len__(self) -> int:
+        """One more than the highest id."""
+        return max(self.pieces, default=-1) + 1
+
+    # ---- the algorithm's part ----
+
+    def word_ids(self, word: str) -> list[int]:
+        """The ids of one word of the pre-tokenizer."""
+        raise NotImplementedError
+
+    def word_spans(self, word: str) -> list[tuple[int, int, int]]:
+        """The same with the characters each token covers: (id, start, end)."""
+        raise NotImplementedError
+
+    def cut(self, word: str) -> Iterable[str]:
+        """`word` in parts that can be encoded alone: cut at runs of ▁, if no piece crosses one."""
+        if not self.marked or len(word) < 2:
+            return [word]
+        return chain.from_iterable(MARKED.findall(b) for b, _ in blocks(word, MARK_BORDER))
+
+    def long_ids(self, word: str) -> Iterable[int]:
+        """The ids of a word of any length, by looking up its parts."""
+        return chain.from_iterable(map(self.words.__getitem__, self.cut(word)))
+
+    # ---- text → ids ----
+
+    def encode(
+        self,
+        text: str,
+        allowed_special: Iterable[str] | str = (),
+        add_special_tokens: bool = False,
+    ) -> list[int]:
+        """The ids of `text`.
+
+        allowed_special: special tokens that may be recognised in the text, or "all"; any other is
+        read as plain text. add_special_tokens: put the tokens of the model's template ([CLS], <s>
+        …) around. Lone surrogates become U+FFFD. Raises ValueError for an unknown special token.
+        """
+        text = well_formed(text)
+        ids: list[int] = []
+        for part, start, token in self.parts(text, allowed_special):
+            if token is not None:
+                ids.append(token.id)
+            else:
+                found = self.plain_ids(part, start == 0)
+                ids = ids + found if ids else found  # not +=: a long text is copied only if it must
+        if add_special_tokens:
+            return [*self.pipeline.prefix, *ids, *self.pipeline.suffix]
+        return ids
+
+    def encode_batch(self, texts: Iterable[str], **options) -> list[list[int]]:
+        """`encode` of each text."""
+        return [self.encode(text, **options) for text in texts]
+
+    def plain_ids(self, text: str, first: bool = True) -> list[int]:
+        """The ids of text in which nothing is special."""
+        if self.spaced:
+            return self.spaced_ids(text)
+        ids: list[int] = []
+        for part, token in self.normalized_parts(self.normalize(text)):
+            if token is not None:
+                ids.append(token.id)
+                continue
+            for word in self.split(part, first):
+                ids.extend(self.long_ids(word))
+            first = False
+        return ids
+
+    # ---- stretches between spaces ----
+
+    def _spaced(self) -> str | None:
+        """How stretches between spaces can be encoded alone: None, "words" or "context"."""
+        steps = self.pipeline.pre_tokenizer or {}
+        kind, normal = steps.get("type"), (self.pipeline.normalizer or {}).get("type")
+        if self.normalized_tokens():
+            return None
+        if kind == "BertPreTokenizer" and normal in (None, "BertNormalizer"):
+            return "words"
+        if kind == "Sequence" and len(steps["pretokenizers"]) == 2:
+            steps, bytes_step = steps["pretokenizers"]
+            pattern = steps.get("pattern", {}).get("Regex") if isinstance(steps, dict) else None
+            fits = steps.get("behavior") == "Isolated" and not steps.get("invert", False)
+            plain = bytes_step.get("type") == "ByteLevel" and not bytes_step["add_prefix_space"]
+            plain = plain and not bytes_step.get("use_regex", True)
+        else:
+            pattern, fits = PATTERNS["gpt2"], kind == "ByteLevel" and steps.get("use_regex", True)
+            plain = not steps.get("add_prefix_space", True)
+        known = pattern in SPACED_PATTERNS and fits and plain
+        return "context" if known and normal in (None, "NFC") else None
+
+    def stretch_ids(self, stretch: str, before: str = " ", after: str = " x") -> list[int]:
+        """The ids of what stands between two spaces, the first of which belongs to it.
+
+        The pattern may look one character ahead (`\\s+(?!\\S)`), so it is shown a next word, the
+        same for all: that it begins with a space and something visible is all it can see.
+        """
+        if self.spaced == "words":
+            words = self.split(self.normalize(stretch), False)
+        else:
+            words = self.split(self.normalize(before + stretch + after), False)
+            words = words[:-1] if after else words
+        return list(chain.from_iterable(map(self.words.__getitem__, words)))
+
+    def spaced_ids(self, text: str) -> list[int]:
+        """`plain_ids` by looking up stretches: the same ids (tested), several times faster."""
+        ids: list[int] = []
+        extend, lookup = ids.extend, self.stretches.__getitem__
+        for block, last in blocks(text, LAST_SPACE):
+            if self.spaced == "words":
+                for found in map(lookup, block.split(" ")):
+                    extend(found)
+                continue
+            parts = stretches(block)
+            tail = parts.pop() if last and len(parts) > 1 else None
+            head = parts.pop(0)
+            if head:
+                after = "" if last and tail is None else " x"
+                ids.extend(self.stretch_ids(head, before="", after=after))
+            for found in map(lookup, parts):  # measured: faster than itertools.chain
+                extend(found)
+            if tail is not None:
+                ids.extend(self.stretch_ids(tail, after=""))
+        return ids
+
+    # ---- added tokens ----
+
+    def normalized_tokens(self) -> list[AddedToken]:
+        """Tokens to be looked for after normalization, which matters only if there is one."""
+        return [t for t in self.pipeline.added if t.normalized and self.pipeline.normalizer]
+
+    def allowed(self, allowed_special: Iterable[str] | str) -> frozenset[str]:
+        """The added tokens that count: those that are not special, and the special ones allowed."""
+        special = {token.content for token in self.pipeline.added if token.special}
+        if allowed_special == "all":
+            chosen = special
+        else:
+            chosen = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
+            if unknown := chosen - special:
+                raise ValueError(f"{min(unknown)!r} is not a special token of this tokenizer")
+        return frozenset(chosen | (set(self.added) - special))
+
+    def _finder(self, contents: frozenset[str], normalized: bool) -> re.Pattern | None:
+        """A regex for the tokens of `contents`, longest first, that are looked for at one stage."""
+        stage = self.normalized_tokens() if self.pipeline.normalizer else []
+        names = [t.content for t in self.pipeline.added if (t in stage) == normalized]
+        names = {self.normalize(n) if normalized else n: n for n in names if n in contents}
+        ordered = sorted((n for n in names if n), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, ordered))) if ordered else None
+
+    def parts(self, text: str, allowed_special) -> Iterator[tuple[str, int, AddedToken | None]]:
+        """`text` cut at added tokens: (part, where it starts, the token or None)."""
+        self.active = self.allowed(allowed_special)
+        finder = self.finder(self.active, False)
+        if finder is None:
+            return iter([(text, 0, None)] if text else [])
+        return found_tokens(text, finder, self.added)
+
+    def normalized_parts(self, text: str) -> list[tuple[str, AddedToken | None]]:
+        """The same in normalized text, for the tokens that ask for it."""
+        finder = self.finder(self.active, True) if self.normalized_tokens() else None
+        if finder is None:
+            return [(text, None)]
+        names = {self.normalize(t.content): t for t in self.normalized_tokens()}
+        return [(part, token) for part, _, token in found_tokens(text, finder, names)]
+
+    # ---- ids → text ----
+
+    def piece(self, i: int) -> str:
+        """The piece with id `i`; raises ValueError if there is none."""
+        try:
+            return self.pieces[i]
+        except (KeyError, TypeError):
+            raise ValueError(f"id {i!r} is not in the vocabulary of {len(self)} tokens") from None
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. ValueError for unknown ids."""
+        ids = [i for i in ids if not (skip_special_tokens and i in self.special_ids)]
+        if self.byte_level:
+            return self.decode_bytes(ids).decode("utf-8", "replace")
+        return self.join([self.shown(i) for i in ids])
+
+    def shown(self, i: int) -> str:
+        """What the decoder gets to see of id `i`: SentencePiece hides its control tokens."""
+        piece = self.piece(i)
+        if i in self.special_ids and (self.pipeline.decoder or {}).get("type") == "SentencePiece":
+            return UNKNOWN_TEXT if piece == self.unk_piece else ""
+        return piece
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, also where they end inside a character."""
+        if not self.byte_level:
+            return self.decode(ids).encode("utf-8")
+        return b"".join(
+            self.added_ids[i].encode("utf-8")
+            if i in self.added_ids
+            else chars_to_bytes(self.piece(i))
+            for i in ids
+        )
+
+    def stream(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time and never emits half a character."""
+        return StreamDecoder(self)
+
+
+class StreamDecoder:
+    """`feed(id)` returns the text that is certain now, `flush()` the rest.
+
+    All that was returned, joined, is `tokenizer.decode(all ids)`. Bytes wait for the rest of their
+    character. For the other decoders a run of byte pieces waits for its end, because what one of
+    its bytes means may depend on the last of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self.ids: list[int] = []  # decoded again each time: from the last id that stood for itself
+        self.shown = ""  # what of their text was returned before
+
+    def feed(self, i: int) -> str:
+        if self.tokenizer.byte_level:
+            return self.bytes.decode(self.tokenizer.decode_bytes([i]))
+        self.ids.append(i)
+        text = self.tokenizer.decode(self.ids)
+        if BYTE_PIECE.fullmatch(self.tokenizer.piece(i)) or not text.startswith(self.shown):
+            return ""
+        new, self.shown = text[len(self.shown) :], text
+        if alone := self.tokenizer.decode([i]):
+            self.ids, self.shown = [i], alone
+        return new
+
+    def flush(self) -> str:
+        new = (
+            self.bytes.decode(b"", final=True) + self.tokenizer.decode(self.ids)[len(self.shown) :]
+        )
+        self.ids, self.shown = [], ""
+        return new
+
+
+def blocks(text: str, border: re.Pattern, size: int = BLOCK) -> Iterator[tuple[str, bool]]:
+    """`text` in blocks of at least `size`, cut where `border` matches: (block, is it the last)."""
+    start = 0
+    while (found := border.search(text, start + size)) if len(text) - start > size else None:
+        yield text[start : found.start()], False
+        start = found.start()
+    yield (text[start:] if start else text), True
+
+
+def stretches(text: str) -> list[str]:
+    """`text` cut at the spaces that are borders in every pattern of `PATTERNS`, spaces left out.
+
+    A space is one if something visible stands before or after it. Where neither does, in a longer
+    run of white space, the text from the border before to the border after the run stays together.
+    """
+    parts, done = [""], 0  # text[:done] is cut; a space stands at `done`, or the text begins
+    for run in SPACE_IN_RUN.finditer(text):
+        if run.start() < done:
+            continue
+        start = max(text.rfind(" ", done, run.start() - 1), done)
+        found = LAST_SPACE.search(text, run.start())
+        end = found.start() if found else len(text)
+        if start > done:
+            parts = join_parts(parts, text[done:start].split(" "))
+        parts = join_parts(parts, [text[start:end]] if not start else ["", text[start + 1 : end]])
+        done = end
+    return join_parts(parts, text[done:].split(" ")) if done < len(text) or not done else parts
+
+
+def join_parts(parts: list[str], more: list[str]) -> list[str]:
+    """Two lists of stretches as that of the joined texts: the last and the first become one."""
+    parts[-1] += more[0]
+    parts += more[1:]
+    return parts
+
+
+def found_tokens(
+    text: str, finder: re.Pattern, tokens: dict[str, AddedToken]
+) -> Iterator[tuple[str, int, AddedToken | None]]:
+    """Cuts `text` at the matches of `finder` under the switches of each token."""
+    end = 0
+    for match in finder.finditer(text):
+        token, (start, stop) = tokens[match[0]], match.span()
+        if token.single_word and (
+            in_word(text[start - 1 : start]) or in_word(text[stop : stop + 1])
+        ):
+            continue
+        if token.lstrip:
+            start = max(end, len(text[:start].rstrip(SPACES)))
+        if token.rstrip:
+            stop = len(text) - len(text[stop:].lstrip(SPACES))
+        if end < start:
+            yield text[end:start], end, None
+        yield text[start:stop], start, token
+        end = stop
+    if end < len(text):
+        yield text[end:], end, None
+
+
+def in_word(char: str) -> bool:
+    """Whether `char` is one of \\w."""
+    return bool(char) and is_word().match(char) is not None
+
+
+# ---- what the trainers share ----
+
+
+def marked_pipeline() -> Pipeline:
+    """SentencePiece's way: a space is ▁, one is put before the text; nothing else is changed."""
+    return Pipeline(
+        normalizer={
+            "type": "Sequence",
+            "normalizers": [
+                {"type": "Prepend", "prepend": MARK},
+                {"type": "Replace", "pattern": {"String": " "}, "content": MARK},
+            ],
+        },
+        decoder={
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": MARK}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+    )
+
+
+def sentencepiece_pipeline(charsmap: str = "", prefix=True, collapse=False) -> Pipeline:
+    """SentencePiece's own normalizer and decoder, which `tokenizer.json` has no words for.
+
+    charsmap: the base64 of a `CharsMap`; prefix: a space is put before the text; collapse: runs of
+    spaces become one, and those at the ends go.
+    """
+    steps = {"type": "SentencePiece", "prefix": prefix, "collapse": collapse}
+    return Pipeline(normalizer=steps | {"charsmap": charsmap}, decoder=dict(steps))
+
+
+def count_words(tokenizer: Tokenizer, text: str | Iterable[str]) -> Counter[str]:
+    """How often each word of the pre-tokenizer occurs in a text, or in an iterable of documents.
+
+    Words of a marked pipeline begin at each ▁. Documents are never joined.
+    """
+    counts: Counter[str] = Counter()
+    marked = tokenizer.pipeline.pre_tokenizer is None
+    for document in [text] if isinstance(text, str) else text:
+        words = tokenizer.split(tokenizer.normalize(well_formed(document)), True)
+        counts.update(chain.from_iterable(map(WORD.findall, words)) if marked else words)
+    if not counts:
+        raise ValueError("there is no text to train on")
+    return counts
+
+
+def check_size(vocab_size: int, least: int, what: str) -> None:
+    if vocab_size < least:
+        raise ValueError(f"a vocabulary of {vocab_size} is too small: {what} alone take {least}")

@@ -1,0 +1,235 @@
+"""Side by side with tiktoken and tokenizers: one process, one thread each, taking turns.
+
+The peers are optional; a ratio above 1 means that ours is faster. Every encoding compared has the
+same vocabulary (trained here) and must give the same ids, or the bench stops.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+from base import count_words
+from bpe import BPE, bytes_pipeline
+from characters import PATTERNS, chars_to_bytes
+from data import load_texts
+from run import UserError, say
+from tokenizer import load, save
+
+os.environ.setdefault("RAYON_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+ROUNDS = 15
+SIZE = 8192
+
+
+def clock(work) -> tuple[float, object]:
+    """Seconds, and what the work returned."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def take_turns(works: dict, rounds: int = ROUNDS) -> dict[str, float]:
+    """The median seconds of each, run one after the other `rounds` times."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            seconds[name].append(clock(work)[0])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def minbpe_step_seconds(text: str, steps: int = 3) -> float:
+    """Seconds a merge of minbpe's algorithm: count the pairs of the whole text, then rewrite it.
+
+    (karpathy/minbpe `RegexTokenizer.train`: lists of ids, one a word of the pattern, all recounted
+    for every merge.)
+    """
+    words = [list(w.encode("utf-8")) for w in BPE.train("a", 256, pattern="gpt2").split(text, True)]
+
+    def merges():
+        nonlocal words
+        for new in range(256, 256 + steps):
+            counts: dict[tuple[int, int], int] = {}
+            for ids in words:
+                for pair in pairwise(ids):
+                    counts[pair] = counts.get(pair, 0) + 1
+            best = max(counts, key=counts.get)
+            words = [replaced(ids, best, new) for ids in words]
+
+    return clock(merges)[0] / steps
+
+
+def replaced(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """minbpe's merge of one list."""
+    out, i = [], 0
+    while i < len(ids):
+        if i + 1 < len(ids) and ids[i] == pair[0] and ids[i + 1] == pair[1]:
+            out.append(new)
+            i += 2
+        else:
+            out.append(ids[i])
+            i += 1
+    return out
+
+
+def bench_training(text: str, ratios: dict) -> BPE:
+    """Training at 8,192 tokens; the merges must be Hugging Face's."""
+    ours = lambda: BPE.train(text, SIZE, pattern="gpt2")  # noqa: E731
+    works, theirs = {"ours": ours}, None
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+        def theirs():
+            other = Tokenizer(models.BPE())
+            other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            alphabet = pre_tokenizers.ByteLevel.alphabet()
+            options = {"initial_alphabet": alphabet, "show_progress": False}
+            other.train_from_iterator([text], trainers.BpeTrainer(vocab_size=SIZE, **options))
+            return other
+
+        works["tokenizers"] = theirs
+    except ImportError:
+        say("tokenizers is not installed: no train_vs_hf")
+    tokenizer = ours()
+    if theirs and json.loads(theirs().to_str())["model"]["vocab"] != tokenizer.vocab:
+        raise UserError("tokenizers learnt another vocabulary")
+    seconds = take_turns(works, 5)
+    for name, value in seconds.items():
+        print(f"train {len(tokenizer):,} tokens   {name:12s} {value * 1000:9.1f} ms")
+    if theirs:
+        ratios["train_vs_hf"] = seconds["tokenizers"] / seconds["ours"]
+    return tokenizer
+
+
+def bench_minbpe(tokenizer: BPE, text: str, ratios: dict) -> None:
+    """minbpe's way of training, measured on its first merges (later ones are faster)."""
+    ours = clock(lambda: BPE.train(text, SIZE, pattern="gpt2"))[0]
+    minbpe = minbpe_step_seconds(text) * len(tokenizer.merges)
+    print(
+        f"train {len(tokenizer):,} tokens   {'minbpe':12s} {minbpe * 1000:9.1f} ms (3 merges · all)"
+    )
+    ratios["train_vs_minbpe_algorithm"] = minbpe / ours
+
+
+def peers(tokenizer: BPE, folder: Path) -> dict:
+    """The same vocabulary in the libraries that are installed: name → encode."""
+    found = {}
+    try:
+        import tiktoken
+
+        ranks = {chars_to_bytes(piece): i for piece, i in tokenizer.vocab.items()}
+        found["tiktoken"] = tiktoken.Encoding(
+            "bench", pat_str=PATTERNS["gpt2"], mergeable_ranks=ranks, special_tokens={}
+        ).encode_ordinary
+    except ImportError:
+        say("tiktoken is not installed: no encode_vs_tiktoken")
+    try:
+        from tokenizers import Tokenizer
+
+        save(tokenizer, folder / "bench.json")
+        other = Tokenizer.from_file(str(folder / "bench.json"))
+        found["tokenizers"] = lambda text: other.encode(text).ids
+    except ImportError:
+        pass
+    return found
+
+
+def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict) -> None:
+    """Encoding, with warm caches and from a cold start."""
+    size = len(text.encode("utf-8")) / 1e6
+    ids = tokenizer.encode(text)
+    cold = []
+    for _ in range(5):
+        fresh = BPE(tokenizer.vocab, tokenizer.merges, bytes_pipeline(PATTERNS["gpt2"]))
+        cold.append(clock(lambda fresh=fresh: fresh.encode(text))[0])
+    show_speed("ours, cold", size, statistics.median(cold))
+    for name, encode in peers(tokenizer, folder).items():
+        if encode(text) != ids:
+            raise UserError(f"{name} gives other ids")
+        # one peer at a time: a third in the round would leave its memory in the CPU's caches
+        works = {"ours": lambda: tokenizer.encode(text), name: lambda e=encode: e(text)}
+        seconds = take_turns(works)
+        for who, value in seconds.items():
+            show_speed(who, size, value)
+        short = {"tokenizers": "hf"}.get(name, name)
+        ratios[f"encode_vs_{short}"] = seconds[name] / seconds["ours"]
+        ratios[f"encode_cold_vs_{short}"] = seconds[name] / statistics.median(cold)
+
+
+def show_speed(name: str, megabytes: float, seconds: float) -> None:
+    rate = megabytes / seconds
+    print(f"encode {megabytes:.2f} MB       {name:12s} {seconds * 1000:9.1f} ms   {rate:7.1f} MB/s")
+
+
+def bench_worst_cases(tokenizer: BPE, ratios: dict) -> None:
+    """Inputs that make careless encoders quadratic: doubling the text should double the time."""
+    cases = {
+        "a": ("a", 1_000_000),
+        "_": ("_", 100_000),
+        "no space": ("lorem,ipsum;dolor:", 1_000_000),
+    }
+    worst = 0.0
+    for name, (unit, size) in cases.items():
+        text = (unit * (size // len(unit) + 1))[:size]
+        half = clock(lambda text=text: tokenizer.encode(text[: len(text) // 2]))[0]
+        whole = clock(lambda text=text: tokenizer.encode(text))[0]
+        worst = max(worst, whole / half)
+        print(
+            f"worst case {name!r:12} {size:9,} characters {whole:6.2f} s, {whole / half:.2f} × half"
+        )
+    ratios["worst_doubling"] = worst
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {here!r})
+from tokenizer import load
+tokenizer = load({weights!r})
+text = open({text!r}, encoding="utf-8").read()
+text = text * (100_000_000 // len(text) + 1)
+tokenizer.encode(text[:2_000_000])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = tokenizer.encode(text)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(text), sys.getsizeof(ids), (after - before) * 1024)
+"""
+
+
+def bench_memory(text: str, folder: Path, ratios: dict) -> None:
+    """The peak memory of encoding 100 MB, beside what the list of ids needs."""
+    (folder / "bench.txt").write_text(text, encoding="utf-8", newline="")
+    here = str(Path(__file__).resolve().parent)
+    files = {"weights": str(folder / "bench.json"), "text": str(folder / "bench.txt")}
+    code = MEMORY.format(here=here, **files)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        say("no resource module here: memory not measured")
+        return
+    size, ids, grown = map(int, done.stdout.split())
+    print(f"memory     {size / 1e6:.0f} MB of text: the ids take {ids / 1e6:.0f} MB, the peak grew "
+          f"by {grown / 1e6:.0f} MB")  # fmt: skip
+    ratios["memory_growth_over_ids"] = grown / ids
+
+
+def main(source: str | None = None) -> None:
+    """Runs all of it on `source` (default: the corpus in data/); the last line is JSON."""
+    import tempfile
+
+    text = "".join(load_texts(source).values())
+    ratios: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer = bench_training(text, ratios)
+        save(tokenizer, folder / "bench.json")
+        tokenizer = load(folder / "bench.json")
+        bench_encoding(tokenizer, text, folder, ratios)
+        bench_worst_cases(tokenizer, ratios)
+        bench_memory(text, folder, ratios)
+        bench_minbpe(tokenizer, text, ratios)
+    words = len(count_words(tokenizer, text))
+    facts = {"data": source or "data", "distinct_words": words, "vocab_size": len(tokenizer)}
+    print(json.dumps(facts | {name: round(value, 3) for name, value in ratios.items()}))

@@ -1,0 +1,104 @@
+"""The README says what the machine says: snippets, line counts, links, commands; and show.py."""
+
+import ast
+import contextlib
+import io
+import re
+
+import pytest
+
+import show
+from bpe import BPE
+from conftest import HERE
+from unigram import Unigram
+from wordpiece import WordPiece
+
+TEXT = (HERE / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_snippets_print_what_they_say(snippet, monkeypatch):
+    monkeypatch.chdir(HERE)
+    expected = [line[2:] for line in snippet.splitlines() if line.startswith("# ")]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(snippet, "README.md", "exec"), {})
+    assert out.getvalue().splitlines() == expected
+    assert len(snippet.splitlines()) - len(expected) <= 8
+
+
+def test_table_counts_lines():
+    rows = re.findall(r"^\| (\[.*?\)) \| ([\d,]+) \|", TEXT, re.MULTILINE)
+    named = {name for row, _ in rows for name in re.findall(r"\]\((\w+\.py)\)", row)}
+    assert named == {path.name for path in HERE.glob("*.py")}
+    for row, count in rows:
+        names = re.findall(r"\]\((\w+\.py)\)", row)
+        total = sum(len((HERE / n).read_text(encoding="utf-8").splitlines()) for n in names)
+        assert int(count.replace(",", "")) == total, names
+
+
+def test_links_and_commands_exist():
+    for link in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert link.startswith("https://") or (HERE / link).exists(), link
+    files = (HERE / "main.py", HERE / "train.py")
+    help_text = "".join(file.read_text(encoding="utf-8") for file in files)
+    for flag in set(re.findall(r"python main\.py[^`\n]*?(--[a-z-]+)", TEXT)):
+        assert flag[2:] in help_text or flag[2:].replace("-", "_") in help_text, flag
+    assert not re.search(r"\b(LOG|TABLE|BENCH|COLD|MEMORY|N_TESTS|WPFAIL|BPEOK)\b", TEXT)
+
+
+def test_no_control_characters_in_docstrings():
+    for path in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                text = ast.get_docstring(node, clean=False) or ""
+                assert not re.search(r"[\x00-\x09\x0b-\x1f]", text), (path.name, node)
+
+
+def test_greedy_is_never_better_than_optimal():
+    for words in ({"abab": 4, "abba": 3, "baba": 2}, {"abcabc": 2, "bcd": 5, "cab": 3}):
+        for size in (1, 2):
+            text = " ".join(w for w, n in words.items() for _ in range(n))
+            bpe = BPE.train(text, 256 + size, pattern=r"\p{L}+")
+            greedy = sum(n * len(bpe.word_ids(w)) for w, n in words.items())
+            best, chosen = show.optimal_vocabulary(words, size)
+            assert best <= greedy and len(chosen) == size
+            assert best == sum(n * show.fewest_tokens(w, chosen) for w, n in words.items())
+
+
+def test_tokens_cannot_cost_less_than_the_entropy_of_the_source():
+    """And cost it, within a few percent, once every word is a token."""
+    text, entropy = show.word_source(50, 20_000)
+    costs = [show.bits_per_word(BPE.train(text, size, "gpt2"), text) for size in (256, 300, 420)]
+    assert costs[0] > costs[1] > costs[2] > entropy - 0.05
+    assert costs[2] < 1.06 * entropy
+
+
+def test_explanations_end_in_the_ids(corpus):
+    word = "perpustakaan"
+    for tokenizer in (
+        BPE.train(corpus, 700),
+        WordPiece.train(corpus, 700),
+        Unigram.train(corpus, 700),
+    ):
+        lines = show.explain(tokenizer, word).splitlines()
+        assert lines[-1] == "ids " + " ".join(map(str, tokenizer.encode(word)))
+    bpe = BPE.train(corpus, 700)
+    steps = show.merge_steps(bpe, word)
+    assert steps[-1][3] == bpe.merged(word)
+    assert [rank for rank, *_ in steps] == [bpe.merges.index((a, b)) for _, a, b, _ in steps]
+    for piece in bpe.merged(word):
+        drawn = show.draw_tree(bpe, piece, show.merge_tree(bpe, word))
+        leaves = [line.strip() for line in drawn if "merge" not in line]
+        assert "".join(leaves) == piece
+
+
+def test_coloured_text_is_the_text(corpus):
+    bpe = BPE.train(corpus, 400)
+    for text in ("Halo dunia", "a👋b é", "日本 x"):
+        assert "".join(part for part, _ in show.stretches(bpe, text)) == text
+        assert [i for _, ids in show.stretches(bpe, text) for i in ids] == bpe.encode(text)
+        plain = re.sub(r"\x1b\[[\d;]*m", "", show.coloured(bpe, text))
+        assert plain == text
+        assert re.sub(r"<[^>]*>", "", show.page(bpe, text)).strip() == "tokens" + text

@@ -13,7 +13,7 @@ import pytest
 
 import repo
 
-DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"sklearn": "scikit-learn", "PIL": "pillow", "tiktoken_ext": "tiktoken"}
 IMPORTERS = ("import_module", "__import__", "importorskip")
 MODE = re.compile(r"[rwaxbt+]{1,3}")
 

@@ -31,7 +31,7 @@ class Sampling:
     Raises ValueError for values out of range.
     """
 
-    temperature: float = option(0.8, "divides the logits; 0 always takes the likeliest token")
+    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
     top_k: int = option(0, "only the k likeliest tokens; 0 is all")
     top_p: float = option(1.0, "only the smallest set of likeliest tokens that has mass p")
     min_p: float = option(0.0, "only tokens at least this fraction as likely as the likeliest")

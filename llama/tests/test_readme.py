@@ -10,8 +10,10 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from model import PRESETS, Llama
 
 HERE = Path(__file__).resolve().parent.parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
@@ -81,6 +83,9 @@ def measured() -> list[str]:
     texts += [f"**{shakespeare['nats_per_char']:.3f}**", f"{shakespeare['seconds']:.0f} s"]
     ratios = ("train_vs_hf", "decode_vs_hf", "decode_vs_hf_b8")
     texts += [f"{bench[key]:.2f} ×" for key in ratios]
+    with torch.device("meta"):
+        n_parameter = sum(weight.numel() for weight in Llama(PRESETS["tiny"]).parameters())
+    texts.append(f"| {n_parameter / 1e6:.2f} M |")
     fractions = ("train_gemm_fraction", "decode_bandwidth_fraction")
     return texts + [f"{100 * bench[key]:.0f} %" for key in fractions]
 

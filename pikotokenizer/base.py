@@ -24,7 +24,7 @@ from normalize import normalizer
 from pretokenize import is_word, pre_tokenizer
 
 UNKNOWN_TEXT = " ⁇ "  # U+2047, what SentencePiece decodes its unknown token to
-BLOCK = 1 << 20  # characters handled at a time, so that memory stays bounded
+BLOCK = 1 << 16  # characters handled at a time, so that memory stays bounded
 LAST_SPACE = re.compile(r" (?=\S)")  # a border in every pattern of `PATTERNS`
 SPACE_IN_RUN = re.compile(r" (?!\S)(?<=\s )")  # a space that might not be one
 # Patterns of other vocabularies in which a space also begins a match wherever LAST_SPACE finds it:
@@ -40,6 +40,10 @@ SPACES = "".join(chr(c) for first, last in WHITE_SPACE for c in range(first, las
 MARKED = re.compile(f"{MARK}*[^{MARK}]+|{MARK}+")
 WORD = re.compile(f"{MARK}[^{MARK}]*|[^{MARK}]+")
 MARK_BORDER = re.compile(f"(?<=[^{MARK}]){MARK}")
+
+
+class OddSpace(Exception):
+    """White space follows a space, so that what stands between two spaces may not stand alone."""
 
 
 class Cache(dict):
@@ -116,7 +120,8 @@ class Tokenizer:
         self.split = pre_tokenizer(pipeline.pre_tokenizer)
         self.join = decoder(pipeline.decoder)
         self.words = Cache(self.word_ids, self.cache_size)
-        self.stretches = Cache(self.stretch_ids, self.cache_size)
+        self.stretches = Cache(self.even_stretch_ids, self.cache_size)
+        self.odd_stretches = Cache(self.stretch_ids, self.cache_size)
         self.finder = lru_cache(64)(self._finder)
         self.active: frozenset[str] = frozenset()
         self.marked = MARK in vocab and not any(map(MARK_BORDER.search, vocab))
@@ -225,25 +230,43 @@ class Tokenizer:
             words = words[:-1] if after else words
         return list(chain.from_iterable(map(self.words.__getitem__, words)))
 
+    def even_stretch_ids(self, stretch: str) -> list[int]:
+        """`stretch_ids`; OddSpace if the space before `stretch` is not surely a border."""
+        if self.spaced == "context" and odd(stretch):
+            raise OddSpace
+        return self.stretch_ids(stretch)
+
     def spaced_ids(self, text: str) -> list[int]:
         """`plain_ids` by looking up stretches: the same ids (tested), several times faster."""
         ids: list[int] = []
-        extend, lookup = ids.extend, self.stretches.__getitem__
         for block, last in blocks(text, LAST_SPACE):
-            if self.spaced == "words":
-                for found in map(lookup, block.split(" ")):
-                    extend(found)
-                continue
-            parts = stretches(block)
-            tail = parts.pop() if last and len(parts) > 1 else None
-            head = parts.pop(0)
-            if head:
-                after = "" if last and tail is None else " x"
-                ids.extend(self.stretch_ids(head, before="", after=after))
-            for found in map(lookup, parts):  # measured: faster than itertools.chain
+            parts = block.split(" ")
+            try:
+                found = self.block_ids(parts, last, self.stretches)
+            except OddSpace:
+                found = self.block_ids(stretches(block), last, self.odd_stretches)
+            ids += found
+        return ids
+
+    def block_ids(self, parts: list[str], last: bool, cache: Cache) -> list[int]:
+        """The ids of stretches; the first has no space before it, the last of a text none after."""
+        ids: list[int] = []
+        extend, lookup = ids.extend, cache.__getitem__
+        if self.spaced == "words":
+            for found in map(lookup, parts):
                 extend(found)
-            if tail is not None:
-                ids.extend(self.stretch_ids(tail, after=""))
+            return ids
+        tail = parts.pop() if last and len(parts) > 1 else None
+        head = parts.pop(0)
+        if head:
+            after = "" if last and tail is None else " x"
+            extend(self.stretch_ids(head, before="", after=after))
+        for found in map(lookup, parts):  # measured: faster than itertools.chain
+            extend(found)
+        if tail is not None:
+            if cache is self.stretches and odd(tail):
+                raise OddSpace
+            extend(self.stretch_ids(tail, after=""))
         return ids
 
     # ---- added tokens ----
@@ -367,6 +390,11 @@ def blocks(text: str, border: re.Pattern, size: int = BLOCK) -> Iterator[tuple[s
         yield text[start : found.start()], False
         start = found.start()
     yield (text[start:] if start else text), True
+
+
+def odd(stretch: str) -> bool:
+    """Whether nothing visible follows the space before `stretch`."""
+    return not stretch or stretch[0].isspace()
 
 
 def stretches(text: str) -> list[str]:

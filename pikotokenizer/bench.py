@@ -4,6 +4,7 @@ The peers are optional; a ratio above 1 means that ours is faster. Every encodin
 same vocabulary (trained here) and must give the same ids, or the bench stops.
 """
 
+import gc
 import json
 import os
 import statistics
@@ -17,13 +18,14 @@ from base import count_words
 from bpe import BPE, bytes_pipeline
 from characters import PATTERNS, chars_to_bytes
 from data import load_texts
-from run import UserError, say
+from run import UserError, say, write_whole
 from tokenizer import load, save
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROUNDS = 15
+ROUNDS = 31
 SIZE = 8192
+RESULT = Path(__file__).resolve().parent / "runs" / "bench.json"
 
 
 def clock(work) -> tuple[float, object]:
@@ -34,11 +36,17 @@ def clock(work) -> tuple[float, object]:
 
 
 def take_turns(works: dict, rounds: int = ROUNDS) -> dict[str, float]:
-    """The median seconds of each, run one after the other `rounds` times."""
+    """The median seconds of each, run one after the other `rounds` times.
+
+    Python's garbage collector rests meanwhile, as in `timeit`: it would bill what ran before.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    gc.collect()
+    gc.disable()
     for _ in range(rounds):
         for name, work in works.items():
             seconds[name].append(clock(work)[0])
+    gc.enable()
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -76,7 +84,7 @@ def replaced(ids: list[int], pair: tuple[int, int], new: int) -> list[int]:
     return out
 
 
-def bench_training(text: str, ratios: dict) -> BPE:
+def bench_training(text: str, ratios: dict, ms: dict) -> None:
     """Training at 8,192 tokens; the merges must be Hugging Face's."""
     ours = lambda: BPE.train(text, SIZE, pattern="gpt2")  # noqa: E731
     works, theirs = {"ours": ours}, None
@@ -100,18 +108,19 @@ def bench_training(text: str, ratios: dict) -> BPE:
     seconds = take_turns(works, 5)
     for name, value in seconds.items():
         print(f"train {len(tokenizer):,} tokens   {name:12s} {value * 1000:9.1f} ms")
+    ms["train"] = {name: 1000 * value for name, value in seconds.items()}
     if theirs:
         ratios["train_vs_hf"] = seconds["tokenizers"] / seconds["ours"]
-    return tokenizer
 
 
-def bench_minbpe(tokenizer: BPE, text: str, ratios: dict) -> None:
+def bench_minbpe(tokenizer: BPE, text: str, ratios: dict, ms: dict) -> None:
     """minbpe's way of training, measured on its first merges (later ones are faster)."""
     ours = clock(lambda: BPE.train(text, SIZE, pattern="gpt2"))[0]
     minbpe = minbpe_step_seconds(text) * len(tokenizer.merges)
     print(
         f"train {len(tokenizer):,} tokens   {'minbpe':12s} {minbpe * 1000:9.1f} ms (3 merges · all)"
     )
+    ms["minbpe"] = {"ours": 1000 * ours, "minbpe": 1000 * minbpe}
     ratios["train_vs_minbpe_algorithm"] = minbpe / ours
 
 
@@ -138,7 +147,7 @@ def peers(tokenizer: BPE, folder: Path) -> dict:
     return found
 
 
-def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict) -> None:
+def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict, ms: dict) -> None:
     """Encoding, with warm caches and from a cold start."""
     size = len(text.encode("utf-8")) / 1e6
     ids = tokenizer.encode(text)
@@ -147,6 +156,7 @@ def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict) -> Non
         fresh = BPE(tokenizer.vocab, tokenizer.merges, bytes_pipeline(PATTERNS["gpt2"]))
         cold.append(clock(lambda fresh=fresh: fresh.encode(text))[0])
     show_speed("ours, cold", size, statistics.median(cold))
+    ms["cold"] = {"ours": 1000 * statistics.median(cold)}
     for name, encode in peers(tokenizer, folder).items():
         if encode(text) != ids:
             raise UserError(f"{name} gives other ids")
@@ -156,6 +166,7 @@ def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict) -> Non
         for who, value in seconds.items():
             show_speed(who, size, value)
         short = {"tokenizers": "hf"}.get(name, name)
+        ms[f"encode_vs_{short}"] = {who: 1000 * value for who, value in seconds.items()}
         ratios[f"encode_vs_{short}"] = seconds[name] / seconds["ours"]
         ratios[f"encode_cold_vs_{short}"] = seconds[name] / statistics.median(cold)
 
@@ -185,17 +196,19 @@ def bench_worst_cases(tokenizer: BPE, ratios: dict) -> None:
 
 
 MEMORY = """
-import resource, sys
+import re, sys
 sys.path.insert(0, {here!r})
 from tokenizer import load
+def peak():
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return 1024 * int(re.search("VmHWM: *\\t* *([0-9]+)", file.read())[1])
 tokenizer = load({weights!r})
 text = open({text!r}, encoding="utf-8").read()
 text = text * (100_000_000 // len(text) + 1)
 tokenizer.encode(text[:2_000_000])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
 ids = tokenizer.encode(text)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(len(text), sys.getsizeof(ids), (after - before) * 1024)
+print(len(text), sys.getsizeof(ids), peak() - before)
 """
 
 
@@ -207,29 +220,39 @@ def bench_memory(text: str, folder: Path, ratios: dict) -> None:
     code = MEMORY.format(here=here, **files)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        say("no resource module here: memory not measured")
+        say("no /proc here, as on macOS and Windows: memory not measured")
         return
     size, ids, grown = map(int, done.stdout.split())
     print(f"memory     {size / 1e6:.0f} MB of text: the ids take {ids / 1e6:.0f} MB, the peak grew "
           f"by {grown / 1e6:.0f} MB")  # fmt: skip
     ratios["memory_growth_over_ids"] = grown / ids
+    ratios["memory_growth_mb"] = grown / 1e6
 
 
 def main(source: str | None = None) -> None:
-    """Runs all of it on `source` (default: the corpus in data/); the last line is JSON."""
+    """Runs all of it on `source` (default: the corpus in data/); the last line is JSON.
+
+    The line is kept in runs/bench.json too, from where `--figures` takes the README's numbers.
+    """
     import tempfile
 
     text = "".join(load_texts(source).values())
     ratios: dict[str, float] = {}
+    ms: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        tokenizer = bench_training(text, ratios)
-        save(tokenizer, folder / "bench.json")
+        save(BPE.train(text, SIZE, pattern="gpt2"), folder / "bench.json")
         tokenizer = load(folder / "bench.json")
-        bench_encoding(tokenizer, text, folder, ratios)
+        # Encoding comes first: a dozen trainings would leave the heap in pieces, and a lookup is
+        # as fast as the memory that it touches is compact.
+        bench_encoding(tokenizer, text, folder, ratios, ms)
+        bench_training(text, ratios, ms)
         bench_worst_cases(tokenizer, ratios)
         bench_memory(text, folder, ratios)
-        bench_minbpe(tokenizer, text, ratios)
+        bench_minbpe(tokenizer, text, ratios, ms)
     words = len(count_words(tokenizer, text))
     facts = {"data": source or "data", "distinct_words": words, "vocab_size": len(tokenizer)}
-    print(json.dumps(facts | {name: round(value, 3) for name, value in ratios.items()}))
+    line = facts | {name: round(value, 3) for name, value in ratios.items()}
+    RESULT.parent.mkdir(exist_ok=True)
+    write_whole(RESULT, json.dumps(line | {"milliseconds": ms}, indent=1).encode("utf-8"))
+    print(json.dumps(line))

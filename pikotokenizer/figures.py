@@ -3,14 +3,16 @@
 merges.png       the merge tree of a word, and its tokens
 compression.png  bytes a token of the three algorithms by vocabulary size, in both languages
 floor.png        a source of words whose entropy is known, and what tokens cost above it
+results.json     what the last `--bench` measured: the README's speeds are held against it
 """
 
 from pathlib import Path
 
+import bench
 import show
 from bpe import BPE
 from data import load_texts, split_lines
-from run import UserError, say
+from run import UserError, say, write_whole
 from tokenizer import load
 from unigram import Unigram
 from wordpiece import WordPiece
@@ -118,7 +120,9 @@ def finish(plt, figure, name: str) -> Path:
 
 
 def main() -> None:
-    """All pictures."""
+    """All pictures, and the numbers of the last bench."""
+    if bench.RESULT.exists():
+        write_whole(ASSETS / "results.json", bench.RESULT.read_bytes())
     plt = pyplot()
     for draw in (draw_merges, draw_compression, draw_floor):
         say(f"picture    {draw(plt)}")

@@ -12,7 +12,7 @@ import re
 
 from base import AddedToken, Pipeline, Tokenizer, sentencepiece_pipeline
 from bpe import BPE, NEVER, bytes_pipeline, merge_short
-from characters import BYTE_TO_CHAR, CHAR_TO_BYTE, PATTERNS, bytes_to_chars, chars_to_bytes
+from characters import BYTE_TO_CHAR, PATTERNS, bytes_to_chars, chars_to_bytes
 from spm import marked_steps
 from unigram import Unigram
 from wordpiece import WordPiece, bert_pipeline
@@ -397,14 +397,6 @@ def model_json(tokenizer: Tokenizer) -> dict:
         "vocab": tokenizer.vocab,
         "merges": [list(pair) for pair in merges],
     }
-
-
-def check_alphabet(tokenizer: BPE) -> None:
-    """Raises ValueError if a byte-level vocabulary lacks a byte: texts would lose it silently."""
-    if tokenizer.byte_level and tokenizer.unk is None:
-        missing = [b for c, b in CHAR_TO_BYTE.items() if c not in tokenizer.vocab]
-        if missing:
-            raise ValueError(f"the byte 0x{min(missing):02X} is not in the vocabulary")
 
 
 def as_json(data) -> str:

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import io
+import json
 import re
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 import show
 from bpe import BPE
 from conftest import HERE
+from data import load_texts, split_lines
+from tokenizer import load
+from train import TrainConfig, measure, train
 from unigram import Unigram
 from wordpiece import WordPiece
 
@@ -36,6 +40,49 @@ def test_table_counts_lines():
         names = re.findall(r"\]\((\w+\.py)\)", row)
         total = sum(len((HERE / n).read_text(encoding="utf-8").splitlines()) for n in names)
         assert int(count.replace(",", "")) == total, names
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
+def test_the_default_run_gives_the_numbers_in_the_tables(algorithm, tmp_path, capsys):
+    train(TrainConfig(algorithm=algorithm, out=str(tmp_path)))
+    log = capsys.readouterr().err
+    held_out = {name: "".join(split_lines(text)[1]) for name, text in load_texts().items()}
+    score = measure(load(tmp_path), held_out)
+    words = [score["languages"][name]["tokens_per_word"] for name in ("english", "indonesian")]
+    name = {"bpe": "BPE", "wordpiece": "WordPiece", "unigram": "Unigram"}[algorithm]
+    row = f"| {name} | {score['bytes_per_token']:.2f} | {words[0]:.2f} | {words[1]:.2f} |"
+    assert row in TEXT
+    if algorithm == "unigram":
+        shown = "\n".join(log.splitlines()[-6:-1])
+        assert f"```\n{shown}\n```" in TEXT
+
+
+def test_the_speeds_are_those_of_the_last_bench():
+    found = json.loads((HERE / "assets" / "results.json").read_text(encoding="utf-8"))
+    assert "tinyshakespeare" in found["data"] and found["vocab_size"] == 8192
+    ms, rows = found["milliseconds"], []
+    for label, key, peer, ratio in (
+        ("encode, against tiktoken", "encode_vs_tiktoken", "tiktoken", "encode_vs_tiktoken"),
+        ("encode, against tokenizers", "encode_vs_hf", "tokenizers", "encode_vs_hf"),
+        ("train, against tokenizers", "train", "tokenizers", "train_vs_hf"),
+    ):
+        ours, theirs = f"{ms[key]['ours']:.0f} ms", f"{ms[key][peer]:.0f} ms"
+        rows.append(f"| {label} | {ours} | {theirs} | {found[ratio]:.2f} |")
+    cold, seconds = ms["cold"]["ours"], ms["minbpe"]["minbpe"] / 1000
+    tiktoken = ms["encode_vs_tiktoken"]["tiktoken"]
+    rows.append(
+        f"| encode from a cold start, against tiktoken | {cold:.0f} ms | {tiktoken:.0f} ms "
+        f"| {found['encode_cold_vs_tiktoken']:.2f} |"
+    )
+    rows.append(
+        f"| train, against minbpe's algorithm in the same Python | {ms['minbpe']['ours']:.0f} ms "
+        f"| {seconds:,.0f} s | {found['train_vs_minbpe_algorithm']:,.0f} |"
+    )
+    ids = found["memory_growth_mb"] / found["memory_growth_over_ids"]
+    texts = [f"grows by {found['memory_growth_mb']:.0f} MB", f"the list of ids takes {ids:.0f}"]
+    texts.append(f"at most {found['worst_doubling']:.2f} times as long")
+    missing = [text for text in rows + texts if text not in " ".join(TEXT.split("\n"))]
+    assert not missing
 
 
 def test_links_and_commands_exist():

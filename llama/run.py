@@ -351,6 +351,7 @@ def ranks(device: torch.device):
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
+        time.sleep(0.1)  # gloo's threads take the GIL to free their last tensors, or joining hangs
         dist.destroy_process_group()
 
 

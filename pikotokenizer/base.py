@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 
-from characters import PATTERNS, WHITE_SPACE, chars_to_bytes, well_formed
+from characters import CHAR_TO_BYTE, PATTERNS, WHITE_SPACE, chars_to_bytes, well_formed
 from decoders import BYTE_PIECE, MARK, decoder
 from normalize import normalizer
 from pretokenize import is_word, pre_tokenizer
@@ -112,7 +112,12 @@ class Tokenizer:
             if self.pieces.get(token.id, token.content) != token.content:
                 piece = self.pieces[token.id]
                 raise ValueError(f"the added token {token.content!r} has the id of {piece!r}")
+            one_byte = token.content in CHAR_TO_BYTE and not token.content.isascii()
+            if self.byte_level and one_byte and token.content in vocab:
+                raise ValueError(f"the added token {token.content!r} is the piece of a byte, too")
         self.added = {token.content: token for token in pipeline.added}
+        if any(self.added[token.content].id != token.id for token in pipeline.added):
+            raise ValueError("one added token has two ids")
         self.pieces |= {token.id: token.content for token in pipeline.added}
         self.added_ids = {token.id: token.content for token in pipeline.added}
         self.special_ids = {token.id for token in pipeline.added if token.special}
@@ -186,14 +191,16 @@ class Tokenizer:
         if self.spaced:
             return self.spaced_ids(text)
         ids: list[int] = []
-        for part, token in self.normalized_parts(self.normalize(text)):
-            if token is not None:
-                ids.append(token.id)
-                continue
-            for word in self.split(part, first):
-                ids.extend(self.long_ids(word))
-            first = False
+        for word, token in self.plain_words(text, first):
+            ids.extend(self.long_ids(word) if token is None else [token.id])
         return ids
+
+    def plain_words(self, text: str, first: bool) -> Iterator[tuple[str, AddedToken | None]]:
+        """The words of text in which nothing is special, and added tokens that wait till now."""
+        for part, _, token in self.normalized_parts(self.normalize(text)):
+            for word in [part] if token else self.split(part, first):
+                yield word, token
+            first = False
 
     # ---- stretches between spaces ----
 
@@ -288,27 +295,34 @@ class Tokenizer:
 
     def _finder(self, contents: frozenset[str], normalized: bool) -> re.Pattern | None:
         """A regex for the tokens of `contents`, longest first, that are looked for at one stage."""
-        stage = self.normalized_tokens() if self.pipeline.normalizer else []
-        names = [t.content for t in self.pipeline.added if (t in stage) == normalized]
+        names = [t.content for t in self.pipeline.added if t.normalized == normalized]
         names = {self.normalize(n) if normalized else n: n for n in names if n in contents}
         ordered = sorted((n for n in names if n), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
-    def parts(self, text: str, allowed_special) -> Iterator[tuple[str, int, AddedToken | None]]:
-        """`text` cut at added tokens: (part, where it starts, the token or None)."""
-        self.active = self.allowed(allowed_special)
-        finder = self.finder(self.active, False)
-        if finder is None:
-            return iter([(text, 0, None)] if text else [])
-        return found_tokens(text, finder, self.added)
+    def parts(self, text: str, allowed_special) -> list[tuple[str, int, AddedToken | None]]:
+        """`text` cut at added tokens: (part, where it starts, the token or None).
 
-    def normalized_parts(self, text: str) -> list[tuple[str, AddedToken | None]]:
+        Those that ask for normalized text come second, here already if nothing is normalized.
+        """
+        self.active = self.allowed(allowed_special)
+        parts = [(text, 0, None)] if text else []
+        for late in (False,) if self.pipeline.normalizer else (False, True):
+            if finder := self.finder(self.active, late):
+                cut = (
+                    [part] if part[2] else found_tokens(part[0], finder, self.added, part[1])
+                    for part in parts
+                )
+                parts = list(chain.from_iterable(cut))
+        return parts
+
+    def normalized_parts(self, text: str) -> Iterable[tuple[str, int, AddedToken | None]]:
         """The same in normalized text, for the tokens that ask for it."""
         finder = self.finder(self.active, True) if self.normalized_tokens() else None
         if finder is None:
-            return [(text, None)]
+            return [(text, 0, None)]
         names = {self.normalize(t.content): t for t in self.normalized_tokens()}
-        return [(part, token) for part, _, token in found_tokens(text, finder, names)]
+        return found_tokens(text, finder, names)
 
     # ---- ids → text ----
 
@@ -425,9 +439,12 @@ def join_parts(parts: list[str], more: list[str]) -> list[str]:
 
 
 def found_tokens(
-    text: str, finder: re.Pattern, tokens: dict[str, AddedToken]
+    text: str, finder: re.Pattern, tokens: dict[str, AddedToken], shift: int = 0
 ) -> Iterator[tuple[str, int, AddedToken | None]]:
-    """Cuts `text` at the matches of `finder` under the switches of each token."""
+    """Cuts `text`, which begins at `shift`, at the matches of `finder` under the tokens' switches.
+
+    As in tokenizers, spaces that one token took may belong to the next one as well.
+    """
     end = 0
     for match in finder.finditer(text):
         token, (start, stop) = tokens[match[0]], match.span()
@@ -440,11 +457,11 @@ def found_tokens(
         if token.rstrip:
             stop = len(text) - len(text[stop:].lstrip(SPACES))
         if end < start:
-            yield text[end:start], end, None
-        yield text[start:stop], start, token
+            yield text[end:start], shift + end, None
+        yield text[start:stop], shift + start, token
         end = stop
     if end < len(text):
-        yield text[end:], end, None
+        yield text[end:], shift + end, None
 
 
 def in_word(char: str) -> bool:
@@ -490,16 +507,25 @@ def sentencepiece_pipeline(charsmap: str = "", prefix=True, collapse=False) -> P
 def count_words(tokenizer: Tokenizer, text: str | Iterable[str]) -> Counter[str]:
     """How often each word of the pre-tokenizer occurs in a text, or in an iterable of documents.
 
-    Words of a marked pipeline begin at each ▁. Documents are never joined.
+    Words of a marked pipeline begin at each ▁. Documents are never joined. Special tokens in the
+    text are cut out, and so is what reads like a byte's piece, <0x41>: neither may become a piece.
     """
     counts: Counter[str] = Counter()
     marked = tokenizer.pipeline.pre_tokenizer is None
     for document in [text] if isinstance(text, str) else text:
-        words = tokenizer.split(tokenizer.normalize(well_formed(document)), True)
-        counts.update(chain.from_iterable(map(WORD.findall, words)) if marked else words)
+        document = BYTE_PIECE.sub(" ", well_formed(document)) if marked else well_formed(document)
+        for part, start, token in tokenizer.parts(document, "all"):
+            words = [] if token else tokenizer.split(tokenizer.normalize(part), start == 0)
+            counts.update(chain.from_iterable(map(WORD.findall, words)) if marked else words)
     if not counts:
         raise ValueError("there is no text to train on")
     return counts
+
+
+def check_special(special: Iterable[str], learnt: Iterable[str]) -> None:
+    """Raises ValueError for a special token that plain text could become."""
+    if bad := {"", *learnt}.intersection(special):
+        raise ValueError(f"the special token {min(bad)!r} would be a piece of plain text, too")
 
 
 def check_size(vocab_size: int, least: int, what: str) -> None:

@@ -19,8 +19,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import chain, pairwise
 
-from base import AddedToken, Pipeline, Tokenizer, check_size, count_words, marked_pipeline
-from characters import BYTE_TO_CHAR, PATTERNS, bytes_to_chars
+from base import (
+    AddedToken,
+    Pipeline,
+    Tokenizer,
+    check_size,
+    check_special,
+    count_words,
+    marked_pipeline,
+)
+from characters import BYTE_TO_CHAR, PATTERNS, bytes_to_chars, well_formed
 from decoders import MARK
 
 NEVER = 1 << 62  # the rank of a pair that is no token
@@ -285,9 +293,10 @@ class BPE(Tokenizer):
     def merged(self, word: str, dropout: float = 0.0, rng: random.Random | None = None):
         """The pieces of one word before unknown ones are replaced."""
         symbols = self.symbols(word)
-        whole = "".join(symbols)
-        if not dropout and self.whole_first and whole in self.vocab:
-            return [whole]
+        if self.whole_first and not dropout:
+            whole = self.vocab.get("".join(symbols))
+            if whole is not None and whole not in self.special_ids:
+                return [self.pieces[whole]]
         if dropout:
             return merge_dropout(symbols, self.rank, dropout, rng or random.Random())
         return (merge_short if len(symbols) < LONG else merge_long)(symbols, self.rank)
@@ -334,13 +343,15 @@ class BPE(Tokenizer):
         """`encode(text)` with BPE-dropout: another segmentation of the same text at every seed."""
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is a probability, got {dropout}")
-        rng = random.Random(seed)
-        return [
-            i
-            for word in self.split(self.normalize(text), True)
-            for part in self.cut(word)
-            for i, _ in self.known(self.merged(part, dropout, rng))
-        ]
+        rng, ids = random.Random(seed), []
+        for part, start, special in self.parts(well_formed(text), ()):
+            for word, token in [(part, special)] if special else self.plain_words(part, start == 0):
+                if token is not None:
+                    ids.append(token.id)
+                    continue
+                for piece in self.cut(word):
+                    ids += [i for i, _ in self.known(self.merged(piece, dropout, rng))]
+        return ids
 
     # ---- training ----
 
@@ -359,7 +370,8 @@ class BPE(Tokenizer):
         pattern: a name in `PATTERNS`, a regular expression, or "metaspace" (characters instead of
         bytes, words begin with ▁, unknown characters fall back to bytes, as in Llama 2).
         special_tokens get the first ids, then come the bytes (or characters), then the merges.
-        Raises ValueError if `vocab_size` is below what there is before the first merge.
+        Raises ValueError if `vocab_size` is below what there is before the first merge, or if a
+        special token would be a piece of plain text, too.
         """
         special = list(dict.fromkeys(special_tokens))
         if pattern == "metaspace":
@@ -374,6 +386,7 @@ class BPE(Tokenizer):
         index = {piece: chr(i) for i, piece in enumerate(base)}
         words = {"".join(map(index.__getitem__, empty.symbols(w))): n for w, n in counts.items()}
         pieces, merges = train_merges(words, base, vocab_size, min_frequency, watch)
+        check_special(special, base[len(special) :] + [pieces[new] for _, _, new in merges])
         return cls.from_pieces(pieces, merges, pipeline, pattern)
 
     @classmethod
@@ -409,6 +422,7 @@ class BPE(Tokenizer):
             counts["".join(chr(i) for i in self.word_ids(word))] += n
         size = len(pieces)
         pieces, merges = train_merges(counts, pieces, vocab_size, min_frequency, watch)
+        check_special(self.added, [pieces[new] for _, _, new in merges])
         vocab = self.vocab | {piece: i + size for i, piece in enumerate(pieces[size:])}
         pairs = [*self.merges, *((pieces[a], pieces[b]) for a, b, _ in merges)]
         return BPE(

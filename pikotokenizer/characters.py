@@ -177,7 +177,7 @@ def class_body(ranges: list[tuple[int, int]], top: int) -> str:
 
 
 TOKEN = re.compile(
-    r"(?P<nested>&&)|\\[pP]\{(?P<prop>\^?\w+)\}|\\[pP](?P<short>[A-Z])|\\(?P<escape>.)"
+    r"(?P<nested>&&|--|~~|\|\|)|\\[pP]\{(?P<prop>\^?\w+)\}|\\[pP](?P<short>[A-Z])|\\(?P<escape>.)"
     r"|(?P<open>\[\^?)|(?P<close>\])"
     r"|(?P<group>\((?:\?(?:[:=!>]|<[=!]|i:))?)|(?P<possessive>[+*?}]\+)|(?P<other>.)",
     re.DOTALL,
@@ -194,7 +194,7 @@ def escaped(match: re.Match, top: int, inside: bool) -> str:
             ranges = complement(ranges)
         body = class_body(ranges, top)
         return body if inside else f"[{body}]"
-    if match["escape"] in ("z", "Z"):
+    if match["escape"] == "z":
         return r"\Z"
     if match["escape"].isalnum() and match["escape"] not in "rntfv":
         raise ValueError(f"the pattern uses \\{match['escape']}, which is not supported")
@@ -218,10 +218,16 @@ def to_python(pattern: str, top: int = LAST, dollar: str = r"\Z") -> str:
         elif kind == "open":
             inside = True
         elif kind == "close":
+            if inside and out[-1] in ("[", "[^"):
+                raise ValueError("the pattern has an empty character class")
             inside = False
         elif inside and kind in ("group", "possessive"):
             pass  # ordinary characters there
         elif kind == "group" and text == "(":
+            if pattern.startswith("?", match.end()):
+                raise ValueError(
+                    f"the pattern uses {pattern[match.start() :][:4]}, which is not supported"
+                )
             text = "(?:"
         elif kind == "possessive" and sys.version_info < (3, 11):
             raise ValueError(f"the pattern uses the possessive {text}, which needs Python 3.11")

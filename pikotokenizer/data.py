@@ -34,7 +34,9 @@ def from_hub(name: str) -> dict[str, str]:
     try:
         rows = datasets.load_dataset(name, split="train")
     except Exception as error:  # the library raises some thirty kinds
-        raise UserError(f"cannot load the dataset {name}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"cannot load the dataset {name}: {str(error).partition(chr(10))[0]}"
+        ) from None
     if "text" not in rows.column_names:
         raise UserError(f"the dataset {name} has no column text, only {rows.column_names}")
     return {name: "\n".join(rows["text"])}

@@ -7,7 +7,7 @@ The bytes of byte-level tokenizers are not here: `Tokenizer.decode` joins them d
 import re
 from collections.abc import Callable
 
-from normalize import replacer
+from normalize import replacer, run
 
 MARK = "▁"  # U+2581, SentencePiece's visible space
 BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -107,7 +107,7 @@ def step(spec: dict) -> Step:
     if kind == "Replace":
         replace = replacer(spec)
         return lambda pieces: [replace(piece) for piece in pieces]
-    if kind == "Strip":
+    if kind == "Strip" and len(spec["content"]) == 1 and min(spec["start"], spec["stop"]) >= 0:
         return lambda pieces: strip(pieces, spec["content"], spec["start"], spec["stop"])
     if kind == "WordPiece":
         return lambda pieces: wordpiece(pieces, spec["prefix"], spec["cleanup"])
@@ -119,13 +119,7 @@ def step(spec: dict) -> Step:
         return lambda pieces: bpe_suffix(pieces, spec["suffix"])
     if kind == "SentencePiece":
         return lambda pieces: sentencepiece(pieces, spec["prefix"], spec["collapse"])
-    raise ValueError(f"the decoder {kind} is not supported")
-
-
-def run(steps: list[Step], pieces: list[str]) -> list[str]:
-    for one in steps:
-        pieces = one(pieces)
-    return pieces
+    raise ValueError(f"the decoder {spec} is not supported")
 
 
 def decoder(spec: dict | None) -> Callable[[list[str]], str]:

@@ -52,7 +52,7 @@ def place(piece: str, tree: dict, x: list[int], spots: dict, path: str = "") -> 
 def draw_merges(plt) -> Path:
     """The merge trees of TREE_WORDS under the shipped tokenizer."""
     tokenizer = load(HERE / "pretrained")
-    figure, axes = plt.subplots(1, len(TREE_WORDS), figsize=(10, 3.4))
+    figure, axes = plt.subplots(1, len(TREE_WORDS), figsize=(9, 3.6))
     for axis, word in zip(axes, TREE_WORDS, strict=True):
         tree, x = show.merge_tree(tokenizer, word), [0]
         for n, token in enumerate(tokenizer.merged(word)):
@@ -64,11 +64,11 @@ def draw_merges(plt) -> Path:
                         axis.plot([at, spots[child][1]], [height, spots[child][2]], "#999", lw=1)
                 text = piece if rank is None else f"{piece}\n{rank}"
                 box = {"fc": show.COLOURS[n % len(show.COLOURS)], "ec": "none", "pad": 1.5}
-                axis.text(at, height, text, ha="center", va="center", fontsize=8, bbox=box)
+                axis.text(at, height, text, ha="center", va="center", fontsize=9, bbox=box)
         axis.set_title(f"“{word}”", pad=14)
-        axis.margins(y=0.08)
+        axis.margins(x=0.09, y=0.08)
         axis.axis("off")
-    figure.suptitle("merges, by rank (a low rank was learnt early); one colour a token", fontsize=9)
+    figure.suptitle("The number under a merge is its rank: 0 was learnt first. One colour a token.")
     return finish(plt, figure, "merges.png")
 
 
@@ -77,7 +77,7 @@ def draw_compression(plt) -> Path:
     split = {name: split_lines(text) for name, text in load_texts().items()}
     train = [line for kept, _ in split.values() for line in kept]
     trainers = {"BPE": BPE.train, "WordPiece": WordPiece.train, "Unigram": Unigram.train}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     for name, trainer in trainers.items():
         curves: dict[str, list[float]] = {language: [] for language in split}
         for size in SIZES:
@@ -87,7 +87,7 @@ def draw_compression(plt) -> Path:
                 curves[language].append(len(text.encode("utf-8")) / len(tokenizer.encode(text)))
         for axis, (language, values) in zip(axes, curves.items(), strict=True):
             axis.plot(SIZES, values, "o-", label=name)
-            axis.set(title=language, xlabel="vocabulary (tokens)", xscale="log")
+            axis.set(title=language.capitalize(), xlabel="vocabulary (tokens)", xscale="log")
             axis.set_xticks(SIZES, map(str, SIZES))
             axis.minorticks_off()
             axis.grid(alpha=0.3)

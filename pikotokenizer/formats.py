@@ -184,6 +184,28 @@ def write_vocab_txt(tokenizer: Tokenizer) -> str:
 # ---- Hugging Face ----
 
 
+# The kind of value behind each name in a tokenizer.json; null passes everywhere.
+KINDS = {
+    bool: "special single_word lstrip rstrip normalized clean_text handle_chinese_chars "
+    "strip_accents lowercase strip_left strip_right add_prefix_space trim_offsets use_regex invert "
+    "split individual_digits cleanup fuse_unk byte_fallback ignore_merges",
+    str: "type content prepend replacement prefix suffix behavior prepend_scheme String Regex "
+    "unk_token continuing_subword_prefix end_of_word_suffix precompiled_charsmap",
+    int: "start stop unk_id max_input_chars_per_word",
+}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names.split()}
+
+
+def check_kinds(part) -> None:
+    """Raises ValueError if a value in a part of a tokenizer.json is not what its name wants."""
+    for name, value in part.items() if isinstance(part, dict) else enumerate(part or ()):
+        kind = KIND_OF.get(name)
+        if kind and value is not None and type(value) is not kind:
+            raise ValueError(f"{name} = {value!r} should be of type {kind.__name__}")
+        if isinstance(value, (dict, list)):
+            check_kinds(value)
+
+
 def check_vocab(vocab) -> None:
     fine = isinstance(vocab, dict) and vocab and all(type(i) is int for i in vocab.values())
     if not fine or min(vocab.values()) < 0:
@@ -230,6 +252,8 @@ def template(spec: dict | None, vocab: dict[str, int]) -> tuple[tuple[int, ...],
     sides: list[list[int]] = [[]]
     for item in spec["single"]:
         if "Sequence" in item:
+            if item["Sequence"]["id"] != "A":
+                raise ValueError("a template without $A is not supported")
             sides.append([])
         else:
             sides[-1] += spec["special_tokens"][item["SpecialToken"]["id"]]["ids"]
@@ -240,8 +264,11 @@ def template(spec: dict | None, vocab: dict[str, int]) -> tuple[tuple[int, ...],
 
 def read_tokenizer_json(data: dict) -> Tokenizer:
     """Hugging Face's `tokenizer.json`, parsed: BPE, WordPiece or Unigram."""
-    refuse(data, "a tokenizer.json", truncation=None, padding=None)
+    refuse(data, "a tokenizer.json", truncation=None, padding=None, version="1.0")
     model = data["model"]
+    check_kinds([{k: v for k, v in model.items() if k not in ("vocab", "merges")}])
+    check_kinds([data.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")])
+    check_kinds(data.get("added_tokens"))
     kind = model.get("type") or ("BPE" if "merges" in model else "WordPiece")
     added = [
         AddedToken(
@@ -265,6 +292,8 @@ def read_tokenizer_json(data: dict) -> Tokenizer:
         raise ValueError("ByteLevel must be pre-tokenizer and decoder of a BPE, or neither")
     everything = tokenizer.vocab | {token.content: token.id for token in added}
     pipeline.prefix, pipeline.suffix = template(data.get("post_processor"), everything)
+    for i in pipeline.prefix + pipeline.suffix:
+        tokenizer.piece(i)  # ValueError if there is none
     return tokenizer
 
 
@@ -291,16 +320,22 @@ def read_bpe(model: dict, pipeline: Pipeline, on_bytes: bool) -> BPE:
 def read_wordpiece(model: dict, pipeline: Pipeline, on_bytes: bool) -> WordPiece:
     check_vocab(model["vocab"])
     prefix, longest = model["continuing_subword_prefix"], model["max_input_chars_per_word"]
+    if longest < 0:
+        raise ValueError(f"max_input_chars_per_word = {longest} is not supported")
     return WordPiece(model["vocab"], pipeline, model["unk_token"], prefix, longest)
 
 
 def read_unigram(model: dict, pipeline: Pipeline, on_bytes: bool) -> Unigram:
-    vocab = {piece: i for i, (piece, _) in enumerate(model["vocab"])}
-    scores = [float(score) for _, score in model["vocab"]]
+    rows = model["vocab"]
+    if not all(isinstance(row[0], str) and type(row[1]) in (int, float) for row in rows):
+        raise ValueError("the vocabulary is not a list of pieces and scores")
+    vocab = {piece: i for i, (piece, _) in enumerate(rows)}
+    scores = [float(score) for _, score in rows]
     if len(vocab) != len(scores) or not all(vocab):
         raise ValueError("pieces are repeated or empty")
     fallback = model.get("byte_fallback") or False
-    return Unigram(vocab, scores, pipeline, model.get("unk_id"), fallback)
+    hidden = [token.id for token in pipeline.added if token.special]  # cut out before, if allowed
+    return Unigram(vocab, scores, pipeline, model.get("unk_id"), fallback, hidden)
 
 
 def write_tokenizer_json(tokenizer: Tokenizer) -> dict:

@@ -23,7 +23,7 @@ from base import Tokenizer
 from data import load_texts, read_text, split_lines
 from run import UserError, say
 from tokenizer import load, save
-from train import TrainConfig, measure, train
+from train import TrainConfig, measure, started_with, train
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,8 +38,9 @@ def parser() -> argparse.ArgumentParser:
     verbs = parser.add_argument_group("What to do, see above")
     for verb in ("train", "eval", "bench", "figures", "selfcheck"):
         verbs.add_argument(f"--{verb}", action="store_true")
-    verbs.add_argument("--encode", metavar="TEXT", help="print its ids")
-    verbs.add_argument("--encode-file", metavar="FILE", help="print the ids of a text file")
+    text = verbs.add_mutually_exclusive_group()
+    text.add_argument("--encode", metavar="TEXT", help="print its ids")
+    text.add_argument("--encode-file", metavar="FILE", help="print the ids of a text file")
     verbs.add_argument("--decode", metavar="IDS", help="print the text of ids like '72 101'")
     verbs.add_argument("--explain", metavar="WORD", help="say why it is cut as it is")
     verbs.add_argument("--export", metavar="FILE", help="write the tokenizer, format by the name")
@@ -59,19 +60,25 @@ def parser() -> argparse.ArgumentParser:
 
 def chosen(args: argparse.Namespace) -> tuple[Tokenizer, Path]:
     """--weights, else the newest run, else the tokenizer that ships with the folder."""
-    path = Path(args.weights or run.newest_run(HERE / "runs") or HERE / "pretrained")
+    newest = run.newest_run(HERE / "runs") or HERE / "pretrained"
+    path = Path(newest if args.weights is None else args.weights)
     if not path.exists():
         raise UserError(f"--weights {path} does not exist: give a run or a tokenizer file")
     say(f"weights    {path}")
-    return load(path, show_pattern(args)), path
-
-
-def show_pattern(args: argparse.Namespace) -> str | None:
-    return getattr(args, "pattern", None)
+    return load(path, getattr(args, "pattern", None)), path
 
 
 def do_train(args: argparse.Namespace) -> None:
-    train(run.from_options(TrainConfig(), args), args.resume)
+    """Train; the verbs that follow use the new run."""
+    base = TrainConfig()
+    if args.resume:
+        base = started_with(Path(getattr(args, "out", base.out)))
+    config = run.from_options(base, args)
+    if args.resume and (config.algorithm, config.pattern) != (base.algorithm, base.pattern):
+        raise UserError(f"the run has --algorithm {base.algorithm} --pattern {base.pattern!r}: "
+                        "leave them out to resume it")  # fmt: skip
+    train(config, args.resume)
+    args.weights = args.weights or config.out
 
 
 def do_eval(args: argparse.Namespace) -> None:

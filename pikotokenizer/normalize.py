@@ -300,12 +300,18 @@ def strip(text: str, left: bool, right: bool) -> str:
 
 def replacer(spec: dict) -> Callable[[str], str]:
     """{"type": "Replace", "pattern": {"String" or "Regex": …}, "content": …}."""
-    pattern, content = spec["pattern"], spec["content"]
-    if "String" in pattern:
-        old = pattern["String"]
-        return (lambda text: text.replace(old, content)) if old else (lambda text: text)
-    splitter = Splitter(pattern["Regex"], dollar=r"(?=\n|\Z)")
-    return lambda text: splitter.regex(text).sub(lambda _: content, text)
+    regex, content = splitter_for(spec["pattern"]).regex, spec["content"]
+    if regex("").match(""):
+        raise ValueError(f"to replace {spec['pattern']}, which may be empty, is not supported")
+    if old := spec["pattern"].get("String"):
+        return lambda text: text.replace(old, content)
+    return lambda text: regex(text).sub(lambda _: content, text)
+
+
+def splitter_for(pattern: dict) -> Splitter:
+    """{"String": …} or {"Regex": …} in the dialect of tokenizers."""
+    source = re.escape(pattern["String"]) if "String" in pattern else pattern["Regex"]
+    return Splitter(source, dollar=r"(?=\n|\Z)")
 
 
 def normalizer(spec: dict | None) -> Callable[[str], str]:
@@ -355,7 +361,8 @@ def sentencepiece(text: str, charsmap: Callable[[str], str], prefix: bool, colla
     return text.rstrip("▁") if collapse else text
 
 
-def run(steps: list[Callable[[str], str]], text: str) -> str:
+def run(steps: list[Callable], value):
+    """One step after the other, on a text or, for decoders, on a list of pieces."""
     for step in steps:
-        text = step(text)
-    return text
+        value = step(value)
+    return value

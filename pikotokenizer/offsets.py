@@ -8,7 +8,7 @@ import re
 
 from characters import well_formed
 from decoders import MARK
-from normalize import charsmap_of, extends, normalizer
+from normalize import charsmap_of, extends, graphemes, normalizer, splitter_for, strip
 
 Span = tuple[int, int]
 Piece = tuple[str, int]  # what came out, how many characters went in
@@ -19,15 +19,22 @@ def pieces_of(spec: dict, text: str) -> list[Piece]:
     kind, whole = spec["type"], normalizer(spec)
     if kind == "Prepend":
         return [(spec["prepend"], 0), *((c, 1) for c in text)] if text else []
-    if kind == "Replace" and "String" in spec["pattern"]:
-        parts = re.split(f"({re.escape(spec['pattern']['String'])})", text)
-        flat = [[(spec["content"], len(p))] if n % 2 else [(c, 1) for c in p]
-                for n, p in enumerate(parts)]  # fmt: skip
-        pieces = [piece for part in flat for piece in part]
-    elif kind == "SentencePiece":
+    if kind == "SentencePiece":
         return sentencepiece_pieces(spec, text)
+    if kind == "Strip":
+        left = len(text) - len(strip(text, spec["strip_left"], False))
+        kept = whole(text)
+        pieces = [("", left), *((c, 1) for c in kept), ("", len(text) - left - len(kept))]
+    elif kind == "Replace":
+        pieces, end = [], 0
+        for match in splitter_for(spec["pattern"]).regex(text).finditer(text):
+            pieces += [(c, 1) for c in text[end : match.start()]]
+            pieces.append((spec["content"], len(match[0])))
+            end = match.end()
+        pieces += [(c, 1) for c in text[end:]]
     else:
-        pieces = [(whole(cluster), len(cluster)) for cluster in clusters(text)]
+        cut = graphemes if kind == "Precompiled" else clusters
+        pieces = [(whole(cluster), len(cluster)) for cluster in cut(text)]
     if "".join(out for out, _ in pieces) != whole(text):
         return [(whole(text), len(text))]  # not a local step: all of it comes from all of it
     return pieces
@@ -95,11 +102,20 @@ def normalize_with_origin(spec: dict | None, text: str) -> tuple[str, list[Span]
     return text, origin
 
 
-def find_word(word: str, text: str, at: int) -> tuple[int, int]:
+def put_in(spec: dict | None) -> str:
+    """What a pre-tokenizer may put before a word: a space, Metaspace's mark, or nothing."""
+    kind = spec["type"] if spec else None
+    if kind == "Sequence":
+        return next(filter(None, map(put_in, spec["pretokenizers"])), "")
+    if kind == "Metaspace":
+        return spec["replacement"]
+    return " " if kind == "ByteLevel" and spec["add_prefix_space"] else ""
+
+
+def find_word(word: str, text: str, at: int, mark: str) -> tuple[int, int]:
     """Where `word` begins in `text` from `at` on, and how many of its characters were put in."""
-    text, word = text.replace(" ", MARK), word.replace(" ", MARK)
     whole = text.find(word, at)
-    if word.startswith(MARK):
+    if mark and word.startswith(mark):
         rest = text.find(word[1:], at)
         if rest >= 0 and (whole < 0 or rest < whole):
             return rest, 1
@@ -135,24 +151,25 @@ def encode_with_offsets(
 def add_part(tokenizer, part: str, start: int, ids: list[int], spans: list[Span]) -> None:
     """Appends the tokens of text without (other) special tokens."""
     normal, origin = normalize_with_origin(tokenizer.pipeline.normalizer, part)
-    at = 0
-    for piece, token in tokenizer.normalized_parts(normal):
+    mark = put_in(tokenizer.pipeline.pre_tokenizer)
+    marked = normal.replace(" ", mark) if mark else normal
+    for piece, at, token in tokenizer.normalized_parts(normal):
         if token is not None:
             ids.append(token.id)
-            spans.append(cover(origin[at : at + len(piece)], start))
-            at += len(piece)
+            spans.append(cover(origin[at : at + len(piece)] or [(len(part), len(part))], start))
             continue
         cursor = at
         for word in tokenizer.split(piece, start + at == 0):
-            cursor, inserted = find_word(word, normal, cursor)
+            cursor, inserted = find_word(word, marked, cursor, mark)
             for i, a, b in tokenizer.word_spans(word):
                 used = origin[cursor + max(a - inserted, 0) : cursor + max(b - inserted, 0)]
                 edge = origin[cursor][0] if cursor < len(origin) else len(part)
                 ids.append(i)
                 spans.append(cover(used or [(edge, edge)], start))
             cursor += len(word) - inserted
-        at += len(piece)
 
 
 def cover(used: list[Span], shift: int) -> Span:
+    """From the first to the last character of `used`; what was put in counts only if it is all."""
+    used = [span for span in used if span[0] < span[1]] or used
     return used[0][0] + shift, max(end for _, end in used) + shift

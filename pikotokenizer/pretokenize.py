@@ -10,12 +10,11 @@ from collections.abc import Callable
 from functools import lru_cache, partial
 
 from characters import LAST, PATTERNS, WHITE_SPACE, Splitter, class_body, ranges_of
-from normalize import category_8
+from normalize import category_8, splitter_for
 
 SPACE = class_body(WHITE_SPACE, LAST)
 NOT_SPACE_RUN = re.compile(f"[^{SPACE}]+")
 ASCII_PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-RUBY_DOLLAR = r"(?=\n|\Z)"  # what $ means in the regex engine of tokenizers
 # Alphabetic symbols (Ⓐ …): in \w, though their category is So; with the two joiners.
 ODD_WORD_CHARACTERS = [
     (0x200C, 0x200D), (0x24B6, 0x24E9), (0x1F130, 0x1F149), (0x1F150, 0x1F169), (0x1F170, 0x1F189),
@@ -98,10 +97,7 @@ def by_pattern(spec: dict) -> Split:
         "Isolated", "Removed", "MergedWithPrevious", "MergedWithNext", "Contiguous",
     ):  # fmt: skip
         raise ValueError(f"the split behaviour {behaviour} is not supported")
-    if "String" in spec["pattern"]:
-        splitter = Splitter(re.escape(spec["pattern"]["String"]), RUBY_DOLLAR)
-    else:
-        splitter = Splitter(spec["pattern"]["Regex"], RUBY_DOLLAR)
+    splitter = splitter_for(spec["pattern"])
     if behaviour == "Isolated" and not invert:
         return lambda text, first: splitter(text)
     return lambda text, first: join_behaviour(
@@ -148,6 +144,8 @@ def pre_tokenizer(spec: dict | None) -> Split:
     if kind == "Metaspace":
         old = "always" if spec.get("add_prefix_space", True) else "never"  # before tokenizers 0.15
         scheme, cut = spec.get("prepend_scheme", old), spec.get("split", True)
+        if scheme not in ("always", "first", "never") or len(spec["replacement"]) != 1:
+            raise ValueError(f"the pre-tokenizer {spec} is not supported")
         return partial(metaspace, mark=spec["replacement"], scheme=scheme, cut=cut)
     if kind == "BertPreTokenizer":
         return bert_words

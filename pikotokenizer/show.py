@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from base import Tokenizer
 from bpe import NEVER
-from characters import chars_to_bytes
+from characters import chars_to_bytes, well_formed
 from offsets import encode_with_offsets
 from wordpiece import WordPiece
 
@@ -110,21 +110,18 @@ def explain_unigram(tokenizer, word: str) -> list[str]:
 
 def explain(tokenizer: Tokenizer, text: str) -> str:
     """Why `text` is cut as it is, word by word."""
+    text = well_formed(text)
     if tokenizer.algorithm == "unigram":
         lines = explain_unigram(tokenizer, text)
     else:
         lines = []
         for word in tokenizer.split(tokenizer.normalize(text), True):
-            lines.append(f"word {readable_word(word)}")
+            lines.append(f"word {word.replace(' ', '␣')!r}")
             explainer = explain_wordpiece if tokenizer.algorithm == "wordpiece" else explain_bpe
             lines += [f"  {line}" for line in explainer(tokenizer, word)]
     ids = tokenizer.encode(text)
     pieces = " | ".join(readable(tokenizer, tokenizer.pieces[i]) for i in ids)
     return "\n".join([*lines, f"tokens {pieces}", f"ids {' '.join(map(str, ids))}"])
-
-
-def readable_word(word: str) -> str:
-    return repr(word.replace(" ", "␣"))
 
 
 # ---- coloured tokens ----

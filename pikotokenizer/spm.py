@@ -4,7 +4,8 @@
                              Normalizer normalizer = 3, denormalizer = 5; }
     message Piece          { string piece = 1; float score = 2; Type type = 3; }
     message Trainer        { Model model_type = 3; int32 vocab_size = 4; bool suffix = 24;
-                             bool byte_fallback = 35; int32 unk_id = 40, bos_id = 41 … }
+                             bool byte_fallback = 35; int32 unk_id = 40, bos_id = 41 …;
+                             string unk_surface = 44, unk_piece = 45; }
     message Normalizer     { string name = 1; bytes charsmap = 2; bool add_dummy_prefix = 3,
                              remove_extra_whitespaces = 4, escape_whitespaces = 5; }
 
@@ -12,19 +13,21 @@ A buffer is a row of fields: a number (field · 8 + wire type) and a value, numb
 the low digits first. Field numbers: `sentencepiece_model.proto` of google/sentencepiece.
 
 Left out, and refused by name: user-defined and unused pieces, word and character models, ▁ as a
-suffix, denormalizers.
+suffix, denormalizers, another unk_surface.
 """
 
 import base64
+import math
 import struct
 
-from base import AddedToken
+from base import UNKNOWN_TEXT, AddedToken
 from bpe import BPE
 from decoders import MARK
 from unigram import Unigram, sentencepiece_pipeline
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 UNIGRAM, BYTE_PAIR = 1, 2
+BYTES = [f"<0x{b:02X}>" for b in range(256)]
 
 
 def read_number(data: bytes, at: int) -> tuple[int, int]:
@@ -57,6 +60,12 @@ def read_fields(data: bytes) -> dict[int, list]:
     return fields
 
 
+def message(fields: dict[int, list], number: int) -> dict[int, list]:
+    """A message inside; several of one number are one after the other, as protocol buffers want."""
+    last(fields, number, b"", bytes)
+    return read_fields(b"".join(value for value in fields.get(number, [])))
+
+
 def last(fields: dict[int, list], number: int, default, kind: type = int):
     """The last value of a field, as protocol buffers want it; ValueError if its type is wrong."""
     value = fields.get(number, [default])[-1]
@@ -86,11 +95,13 @@ def write_number(value: int) -> bytes:
 def read_pieces(fields: dict[int, list]) -> list[tuple[str, float, int]]:
     """(text, score, type) of each piece. Raises ValueError for the types that are left out."""
     pieces = []
-    for data in fields.get(1, []):
-        piece = read_fields(data)
+    for n in range(len(fields.get(1, []))):
+        piece = message({1: fields[1][n : n + 1]}, 1)
         text = last(piece, 1, b"", bytes).decode("utf-8")
         score = struct.unpack("<f", last(piece, 2, bytes(4), bytes))[0]
         kind = last(piece, 3, NORMAL)
+        if not math.isfinite(score):
+            raise ValueError(f"the score of piece {text!r} is not finite")
         if kind in (USER_DEFINED, UNUSED) or not NORMAL <= kind <= BYTE:
             name = {USER_DEFINED: "user-defined", UNUSED: "unused"}.get(kind, f"type-{kind}")
             raise ValueError(f"the {name} piece {text!r} is not supported")
@@ -103,15 +114,16 @@ def read_pieces(fields: dict[int, list]) -> list[tuple[str, float, int]]:
 def read_model(data: bytes) -> BPE | Unigram:
     """The tokenizer in a `.model` file; raises ValueError for what is damaged or not supported."""
     fields = read_fields(data)
-    trainer = read_fields(last(fields, 2, b"", bytes))
-    settings = read_fields(last(fields, 3, b"", bytes))
+    trainer, settings = message(fields, 2), message(fields, 3)
     pieces = read_pieces(fields)
     if last(trainer, 24, 0):
         raise ValueError("▁ as a suffix is not supported")
     if not last(settings, 5, 1):
         raise ValueError("a normalizer that does not write spaces as ▁ is not supported")
-    if last(read_fields(last(fields, 5, b"", bytes)), 2, b"", bytes):
+    if last(message(fields, 5), 2, b"", bytes):
         raise ValueError("a denormalizer is not supported")
+    if last(trainer, 44, UNKNOWN_TEXT.encode("utf-8"), bytes).decode("utf-8") != UNKNOWN_TEXT:
+        raise ValueError("an unk_surface other than ⁇ is not supported")
     vocab = {text: i for i, (text, _, _) in enumerate(pieces)}
     unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN]
     if len(vocab) != len(pieces) or len(unknown) != 1:
@@ -125,6 +137,8 @@ def read_model(data: bytes) -> BPE | Unigram:
     pipeline.added = [AddedToken(i, text) for i, text in named]
     hidden = [i for i, (_, _, kind) in enumerate(pieces) if kind != NORMAL]
     fallback = bool(last(trainer, 35, 0))
+    if {text for text, _, kind in pieces if kind == BYTE} != (set(BYTES) if fallback else set()):
+        raise ValueError("the pieces for bytes do not go with byte_fallback")
     scores = [score for _, score, _ in pieces]
     model = last(trainer, 3, UNIGRAM)
     if model == UNIGRAM:

@@ -65,7 +65,8 @@ def load(path: str | os.PathLike, pattern: str | None = None) -> Tokenizer:
         tokenizer.join([tokenizer.shown(i) for i in list(tokenizer.pieces)[:5]])
         return tokenizer
     except DAMAGE as error:
-        what = str(error) if type(error) is ValueError else f"{type(error).__name__}: {error}"
+        plain = type(error) is ValueError
+        what = str(error) if plain else f"the file is damaged ({type(error).__name__}: {error})"
         raise ValueError(f"{path}: {what}") from error
 
 

@@ -1,6 +1,6 @@
 """Unigram: a vocabulary with probabilities, and the most probable way to spell each text with it.
 
-    Kudo 2018, "Subword Regularization", arXiv:1804.10959 (§3.2 the model, §3.1 sampling);
+    Kudo 2018, "Subword Regularization", arXiv:1804.10959 (§3.2 the model, §3.3 sampling);
     Kudo & Richardson 2018, arXiv:1808.06226 (SentencePiece).
 
 A segmentation x = (x₁ … x_M) has probability P(x) = Π p(xᵢ). All segmentations of a word form a
@@ -19,6 +19,7 @@ import random
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import groupby
 
 import numpy as np
 
@@ -28,6 +29,7 @@ from base import (
     Pipeline,
     Tokenizer,
     check_size,
+    check_special,
     count_words,
     sentencepiece_pipeline,
 )
@@ -51,8 +53,8 @@ class Unigram(Tokenizer):
     """A Unigram tokenizer. `Unigram.train(...)` makes one; formats.py reads and writes them.
 
     scores: log-probability of each id. hidden: ids that text never becomes (control tokens).
-    single: sums are rounded to 32 bits as SentencePiece
-    does, which decides ties, and over long texts more than ties; tokenizers has 64 bits.
+    single: sums are rounded to 32 bits as SentencePiece does, which decides ties, and over long
+    texts more than ties (tokenizers has 64 bits); hidden scores do not count for the unknown's.
     """
 
     algorithm = "unigram"
@@ -78,7 +80,7 @@ class Unigram(Tokenizer):
         self.round = to_float32 if single else to_float64
         self.byte_ids = [vocab.get(f"<0x{b:02X}>", -1) for b in range(256)]
         self.byte_fallback = byte_fallback and min(self.byte_ids) >= 0
-        normal = [s for i, s in enumerate(scores) if i not in self.hidden]
+        normal = [s for i, s in enumerate(scores) if not (single and i in self.hidden)]
         self.unk_score = self.round(min(normal, default=0.0) - UNK_PENALTY)
         self.matches: dict[str, tuple[int, float] | None] = {}  # all prefixes of pieces
         for piece, i in vocab.items():
@@ -87,6 +89,7 @@ class Unigram(Tokenizer):
             for end in range(1, len(piece)):
                 self.matches.setdefault(piece[:end], None)
             self.matches[piece] = (i, scores[i])
+        self.longest = max(map(len, self.matches), default=1)
         self.best_parts = Cache(self.part, self.cache_size)
 
     # ---- the best segmentation ----
@@ -117,8 +120,8 @@ class Unigram(Tokenizer):
         margin = math.inf
         for start in range(n):
             if self.single and score[start] < REBASE:
-                base = score[start]
-                score[start:] = [self.round(s - base) for s in score[start:]]
+                ahead, base = slice(start, start + self.longest + 1), score[start]
+                score[ahead] = [self.round(s - base) for s in score[ahead]]
             here = score[start]
             for end, i, gain in self.edges(word, start):
                 rival = self.round(here + gain)
@@ -141,19 +144,20 @@ class Unigram(Tokenizer):
     def spelled(self, word: str, path) -> list[tuple[int, int, int]]:
         """A path with runs of unknown characters joined, or spelled in bytes."""
         out: list[tuple[int, int, int]] = []
-        unknown = False
-        for i, start, end in path:
-            known = i not in (self.unk_id, -1)
-            if not known and self.byte_fallback:
-                codes = [self.byte_ids[b] for b in word[start:end].encode("utf-8")]
-                out += [(c, start, end) for c in codes]
-            elif not known and i < 0:
+        for known, run in groupby(path, lambda edge: edge[0] not in (self.unk_id, -1)):
+            edges = list(run)
+            start, end = edges[0][1], edges[-1][2]
+            if known:
+                out += edges
+            elif match := self.matches.get(word[start:end]):  # the unknown token's own text
+                out.append((match[0], start, end))
+            elif self.byte_fallback:
+                for _, a, b in edges:
+                    out += [(self.byte_ids[code], a, b) for code in word[a:b].encode("utf-8")]
+            elif self.unk_id is None:
                 raise ValueError(f"{word[start:end]!r} is unknown and there is no unknown token")
-            elif not known and unknown:
-                out[-1] = (i, out[-1][1], end)
             else:
-                out.append((i, start, end))
-            unknown = not known and not self.byte_fallback
+                out.append((self.unk_id, start, end))
         return out
 
     def word_ids(self, word: str) -> list[int]:
@@ -312,6 +316,7 @@ class Unigram(Tokenizer):
         fixed = special + codes
         check_size(vocab_size, len(fixed) + len(alphabet), "specials, bytes and characters")
         learnt = train_pieces(words, alphabet, vocab_size - len(fixed), watch)
+        check_special(special, [*codes, *(piece for piece, _ in learnt)])
         pieces = fixed + [piece for piece, _ in learnt]
         scores = [0.0] * len(fixed) + [to_float32(score) for _, score in learnt]
         vocab = {piece: i for i, piece in enumerate(pieces)}

@@ -3,8 +3,9 @@
     Schuster & Nakajima 2012, "Japanese and Korean Voice Search"; Wu et al. 2016, arXiv:1609.08144
     (§4.1); BERT: Devlin et al. 2019, arXiv:1810.04805 (§3).
 
-Training merges pairs as BPE does, but picks the pair whose join raises the likelihood of the corpus
-most for each of its parts:
+The papers merge what raises the likelihood of the training text most, and print no formula. Under
+independent symbols one occurrence of ab gains log p(ab) − log p(a) p(b) by being joined; the common
+reading of the papers, and ours, takes the pair of the highest gain an occurrence,
 
     score(a, b) = count(ab) / (count(a) · count(b))
 
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from base import AddedToken, Pipeline, Tokenizer, check_size, count_words
+from base import AddedToken, Pipeline, Tokenizer, check_size, check_special, count_words
 
 PREFIX = "##"
 
@@ -118,6 +119,8 @@ class WordPiece(Tokenizer):
         self.prefix, self.longest = prefix, longest
         self.longest_piece = max(map(len, vocab))
         super().__init__(vocab, pipeline)
+        # text never becomes a special token: those that may were cut out before
+        self.usable = {piece: i for piece, i in vocab.items() if i not in self.special_ids}
 
     def word_ids(self, word: str) -> list[int]:
         return [i for i, _, _ in self.word_spans(word)]
@@ -131,7 +134,7 @@ class WordPiece(Tokenizer):
         while start < len(word):
             prefix = self.prefix if start else ""
             for end in range(min(len(word), start + self.longest_piece), start, -1):
-                i = self.vocab.get(prefix + word[start:end])
+                i = self.usable.get(prefix + word[start:end])
                 if i is not None:
                     break
             else:
@@ -164,27 +167,35 @@ class WordPiece(Tokenizer):
             pipeline.prefix, pipeline.suffix = (index["[CLS]"],), (index["[SEP]"],)
         counts = count_words(cls(index, pipeline), text)
         symbols = {w: [w[0], *(PREFIX + c for c in w[1:])] for w in counts}
-        pieces = special + sorted({s for parts in symbols.values() for s in parts} - set(special))
+        alphabet = sorted({s for parts in symbols.values() for s in parts})
+        check_special(special, alphabet)
+        pieces = special + alphabet
         check_size(vocab_size, len(pieces), "the special tokens and the alphabet")
         ids = {piece: chr(i) for i, piece in enumerate(pieces)}
         words = {"".join(map(ids.__getitem__, symbols[w])): n for w, n in counts.items()}
-        grow(pieces, words, vocab_size, min_frequency, watch)
+        check_special(special, grow(pieces, words, vocab_size, min_frequency, watch))
         return cls({piece: i for i, piece in enumerate(pieces)}, pipeline)
 
 
-def grow(pieces: list[str], words: dict[str, int], size: int, floor: int, watch=None) -> None:
-    """Appends merged pieces until there are `size`, or no pair is left that occurs so often."""
-    table = PairTable(words, size)
+def grow(pieces: list[str], words: dict[str, int], size: int, floor: int, watch=None) -> set[str]:
+    """Appends merged pieces until there are `size`, or no pair is left that occurs so often.
+
+    Returns what the merges spell.
+    """
+    size = min(size, len(pieces) + sum(map(len, words)))  # a merge shortens a word
+    table, made = PairTable(words, size), set()
     known = {piece: i for i, piece in enumerate(pieces)}
     while len(pieces) < size and (pair := table.best(max(floor, 1))):
         text = pieces[ord(pair[0])] + pieces[ord(pair[1])].removeprefix(PREFIX)
         count = int(table.counts[table.rows[pair]])
+        made.add(text)
         if text not in known:
             known[text] = len(pieces)
             pieces.append(text)
             if watch and watch(known[text], text, count):
                 break
         table.merge(pair, chr(known[text]))
+    return made
 
 
 def bert_pipeline(lowercase: bool) -> Pipeline:

@@ -9,6 +9,7 @@ the same things.
 """
 
 import random
+import re
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -111,7 +112,8 @@ ENGLISH = {
         "counted washed forgotten",
     "quote": [
         "I can't find the {noun}", "we'll meet at the {where}", "that is my {noun}",
-        "please don't touch the {plural}", "how much are the {plural}", "it's only a {noun}",
+        "please don't touch the {plural}", "I wonder how much the {plural} cost",
+        "it's only a {noun}",
         "you should try the {food}", "let's {verb} the {noun} together", "I've never seen this",
     ],
     "manner": [
@@ -215,7 +217,8 @@ INDONESIAN = {
         "melihat menghitung mencuci melupakan",
     "quote": [
         "saya tidak dapat menemukan {noun} itu", "kita bertemu di {where}", "itu {noun} saya",
-        "tolong jangan menyentuh {plural} itu", "berapa harga {noun} ini", "itu hanya {noun}",
+        "tolong jangan menyentuh {plural} itu", "saya ingin tahu harga {noun} ini",
+        "itu hanya {noun}",
         "Anda harus mencoba {food} ini", "mari kita memperbaiki {noun} itu bersama-sama",
     ],
     "manner": [
@@ -231,6 +234,9 @@ INDONESIAN = {
     ],
     "went": "berjalan pergi bergegas kembali bersepeda duduk tertidur",
 }  # fmt: skip
+
+
+FILES = (("english", ENGLISH, "${}.50"), ("indonesian", INDONESIAN, "Rp{}.000"))
 
 
 def grow(grammar: dict, text: str, rng: random.Random, money: str) -> str:
@@ -270,15 +276,13 @@ def corpus(grammar: dict, seed: int, money: str, sentences: int = SENTENCES) -> 
         lines = [grow(grammar, rng.choice(grammar["S"]), rng, money) for _ in range(size)]
         paragraphs.append(" ".join(lines))
         left -= size
-    return "\n".join(paragraphs) + "\n"
+    text = "\n".join(paragraphs) + "\n"
+    return re.sub(r"\b([Aa]) (?=[aeio]|un|um)", r"\1n ", text) if grammar is ENGLISH else text
 
 
 def main() -> None:
     """Writes both files beside this script."""
-    for name, grammar, money in (
-        ("english", ENGLISH, "${}.50"),
-        ("indonesian", INDONESIAN, "Rp{}.000"),
-    ):
+    for name, grammar, money in FILES:
         text = corpus(grammar, 0, money)
         (HERE / f"{name}.txt").write_text(text, encoding="utf-8", newline="\n")
         print(f"{name}.txt: {len(text.encode('utf-8')):,} bytes, {len(text.split()):,} words")

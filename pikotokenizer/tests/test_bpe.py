@@ -131,10 +131,37 @@ def test_special_tokens_only_count_when_allowed(corpus):
     assert bpe.decode(bpe.encode(text, "all"), skip_special_tokens=True) == "xy"
 
 
+def test_a_special_token_is_never_learnt_from_text(corpus):
+    """Its text is cut out before, as is a literal <0x41>; a piece that spells it is refused."""
+    from unigram import Unigram
+    from wordpiece import WordPiece
+
+    text = "ab ab ab <0x41> <0x41> <0x41> cab cd cd "
+    for train, size in ((BPE.train, 300), (Unigram.train, 400), (WordPiece.train, 40)):
+        model = train(text, size, special_tokens=["ab"])
+        special = model.vocab["ab"]
+        assert special not in model.encode(text) and special in model.encode(text, "all")
+    for marked in (BPE.train(text * 9, 400, pattern="metaspace"), Unigram.train(text * 9, 400)):
+        assert marked.decode(marked.encode(text)) == text
+    for special, pattern in (("a", "gpt4"), ("é", "gpt4"), ("", "gpt4"), ("<0x41>", "metaspace")):
+        with pytest.raises(ValueError, match="too"):
+            BPE.train("a b é", 600, pattern=pattern, special_tokens=[special])
+    with pytest.raises(ValueError, match="'Ġab' would be a piece"):
+        BPE.train("cd ab ab", 300, special_tokens=["Ġab"])
+    with pytest.raises(ValueError, match="'##b' would be a piece"):
+        WordPiece.train("ab ab", 40, special_tokens=["##b"])
+    with pytest.raises(ValueError, match="'<0x41>' would be a piece"):
+        Unigram.train("ab ab", 400, special_tokens=["<0x41>"])
+    half = BPE.train("x", 257, special_tokens=["Ġab"])
+    with pytest.raises(ValueError, match="'Ġab' would be a piece"):
+        half.extend("cd ab ab", 300)
+
+
 def test_lone_surrogates_become_replacement_characters():
     bpe = BPE.train("a", 256)
     assert bpe.decode(bpe.encode("a\ud800b")) == "a\ufffdb"
     assert bpe.decode(bpe.encode("\ud83d\ude00")) == "😀"
+    assert bpe.sample("a\ud800b", 0.0) == bpe.encode("a\ud800b")
 
 
 def test_stopping_and_extending_gives_the_merges_of_one_go(corpus):

@@ -71,6 +71,23 @@ def test_steps_and_resume(tmp_path):
     assert len(piko("--train", "--algorithm", "unigram", "--steps", 1, "--out", out).stderr) > 0
 
 
+def test_resuming_keeps_the_run_as_it_was(tmp_path):
+    """Another algorithm or pattern is refused before anything is lost; --data is remembered."""
+    out, data = tmp_path / "run", tmp_path / "t.txt"
+    data.write_text("satu dua tiga\n" * 20, encoding="utf-8")
+    piko("--train", "--pattern", "gpt2", "--data", data, "--steps", 2, "--out", out)
+    before = (out / "tokenizer.json").read_bytes()
+    for change in (("--algorithm", "unigram"), ("--pattern", "gpt4")):
+        done = piko("--train", "--resume", *change, "--out", out, check=2)
+        assert "leave them out" in done.stderr
+    assert (out / "tokenizer.json").read_bytes() == before
+    done = piko("--train", "--resume", "--out", out, "--encode", "tiga")
+    assert f"data={data}" in done.stderr and len(done.stdout.split()) == 1
+    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["pattern"] == "gpt2"
+    (out / "config.json").write_text("{}", encoding="utf-8")
+    assert "is damaged" in piko("--train", "--resume", "--out", out, check=2).stderr
+
+
 def test_pages_and_colours(tmp_path):
     page = tmp_path / "page.html"
     done = piko("--encode", "a <b>", "--html", page, "--color", "--weights", HERE / "pretrained")
@@ -98,6 +115,8 @@ def test_encode_file_equals_encode(tmp_path):
         (["--train", "--data", "/nowhere"], "/nowhere"),
         (["--train", "--pattern", "("], "does not compile"),
         (["--resume"], "--train"),
+        (["--encode", "a", "--encode-file", "b"], "--encode-file"),
+        (["--encode", "a", "--weights", ""], "holds none of"),
         (["--decode", "1 x"], "whole numbers"),
         (["--decode", "999999"], "999999"),
         (["--weights", "/nowhere", "--encode", "a"], "/nowhere"),

@@ -1,6 +1,7 @@
 """Files: recognised by content, refused by name, and never a crash or a hang on damaged ones."""
 
 import json
+import math
 import random
 import string
 
@@ -9,7 +10,8 @@ import pytest
 from bpe import BPE
 from conftest import hard_strings
 from formats import read_tokenizer_json, recover_merges, write_tokenizer_json
-from spm import field, read_fields, write_model
+from offsets import encode_with_offsets
+from spm import field, read_fields, read_model, write_model
 from tokenizer import load, pad, save, truncate
 from unigram import Unigram
 from wordpiece import WordPiece
@@ -126,10 +128,55 @@ def test_unsupported_models_are_refused_by_name(files, change, name):
 
 
 @pytest.mark.parametrize(
+    "name, path, value, complaint",
+    [
+        ("bpe.json", ("added_tokens", 0, "lstrip"), "no", "lstrip = 'no' should be"),
+        ("bpe.json", ("added_tokens", 0, "content"), 5, "content = 5"),
+        ("bpe.json", ("model", "ignore_merges"), "false", "ignore_merges"),
+        ("bpe.json", ("model", "end_of_word_suffix"), 3, "end_of_word_suffix = 3"),
+        ("bpe.json", ("pre_tokenizer", "pretokenizers", 0, "invert"), "no", "invert"),
+        ("bpe.json", ("version",), "2.0", "version"),
+        ("wordpiece.json", ("model", "max_input_chars_per_word"), "x", "max_input"),
+        ("wordpiece.json", ("model", "max_input_chars_per_word"), -1, "max_input"),
+        ("wordpiece.json", ("post_processor", "special_tokens", "[CLS]", "ids"), [999], "999"),
+        ("wordpiece.json", ("post_processor", "single", 1, "Sequence", "id"), "B", "template"),
+        ("wordpiece.json", ("normalizer", "lowercase"), "yes", "lowercase"),
+        ("unigram.json", ("model", "unk_id"), True, "unk_id"),
+        ("unigram.json", ("model", "vocab", 300, 1), "-1.5", "pieces and scores"),
+        ("unigram.json", ("model", "byte_fallback"), "false", "byte_fallback"),
+        ("unigram.json", ("decoder",), {"type": "Strip", "content": " ", "start": -1, "stop": 0},
+         "Strip"),
+        ("unigram.json", ("pre_tokenizer",),
+         {"type": "Metaspace", "replacement": "_", "prepend_scheme": "maybe"}, "maybe"),
+        ("unigram.json", ("normalizer",),
+         {"type": "Replace", "pattern": {"Regex": "a*"}, "content": ""}, "may be empty"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_refused_by_name(files, name, path, value, complaint):
+    data = json.loads(json.dumps(write_tokenizer_json(files[name][1])))
+    place = data
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    with pytest.raises(ValueError, match=complaint):
+        read_tokenizer_json(data)
+
+
+def test_added_tokens_that_cannot_be_told_apart(files):
+    data = write_tokenizer_json(files["bpe.json"][1])
+    token = data["added_tokens"][0]
+    with pytest.raises(ValueError, match="two ids"):
+        read_tokenizer_json(data | {"added_tokens": [token, token | {"id": 900}]})
+    clash = token | {"content": "É", "id": data["model"]["vocab"]["É"]}
+    with pytest.raises(ValueError, match="'É' is the piece of a byte"):
+        read_tokenizer_json(data | {"added_tokens": [token, clash]})
+
+
+@pytest.mark.parametrize(
     "pattern, name",
-    [(r"\bx", r"\\b"), (r"[a-[b]]", "nests"), (r"\p{Greek}", "Greek"), ("(", "compile"),
-     ("^a", r"\^"),
-     (r"\w+", r"\\w")],
+    [(r"\bx", r"\\b"), (r"a\Z", r"\\Z"), ("[]a]", "empty"), ("(?m)a", r"\(\?m"),
+     ("[a--b]", "nests"), (r"[a-[b]]", "nests"), (r"\p{Greek}", "Greek"), ("(", "compile"),
+     ("^a", r"\^"), (r"\w+", r"\\w")],
 )  # fmt: skip
 def test_patterns_that_python_cannot_say_are_refused(pattern, name):
     with pytest.raises(ValueError, match=name):
@@ -145,11 +192,19 @@ def test_sentencepiece_features_are_refused_by_name(files):
         (field(2, field(24, 1)), "suffix"),
         (field(3, field(5, 0)), "spaces as ▁"),
         (field(5, field(2, b"abcdefgh")), "denormalizer"),
+        (field(2, field(44, "?")), "unk_surface"),
+        (field(2, field(35, 0)), "go with byte_fallback"),
+        (field(1, field(1, "x!") + field(2, math.nan)), "not finite"),
     ):
-        from spm import read_model
-
         with pytest.raises(ValueError, match=name):
             read_model(data + extra)
+
+
+def test_a_message_in_two_parts_is_one(files):
+    """Protocol buffers merge them: what only the first says still holds."""
+    model = files["unigram.model"][1]
+    again = read_model(write_model(model) + field(2, field(99, 1)) + field(3, field(98, 1)))
+    assert again.byte_fallback and again.pipeline.normalizer == model.pipeline.normalizer
 
 
 def test_protocol_buffer_numbers():
@@ -190,6 +245,53 @@ def test_added_tokens_take_spaces_and_respect_words(corpus):
     for text in texts:
         assert ours.encode(text, "all") == other.encode(text).ids, text
     assert 1 in ours.encode("<w>") and 0 not in ours.encode("<m>")
+
+
+@pytest.mark.parametrize("name", ["bpe.json", "unigram.json", "wordpiece.json"])
+def test_every_switch_of_added_tokens_as_in_tokenizers(files, name):
+    """Two special and two other tokens beside one another and in words, each switch on and off."""
+    library = pytest.importorskip("tokenizers")
+    rng, bits = random.Random(name), ["<a>", "<b>", "Zq", "<a><b>", " ", "  ", "\n", "x", "é", "_"]
+    for _ in range(25):
+        data = write_tokenizer_json(files[name][1])
+        flags = ("single_word", "lstrip", "rstrip", "normalized")
+        for i, content in enumerate(("<a>", "<b>", "Zq", "<a><b>"), len(files[name][1])):
+            token = {flag: rng.random() < 0.4 for flag in flags} | {"id": i, "content": content}
+            data["added_tokens"].append(token | {"special": rng.random() < 0.5})
+        ours = read_tokenizer_json(json.loads(json.dumps(data)))
+        other = library.Tokenizer.from_str(json.dumps(data))
+        for _ in range(40):
+            text = "".join(rng.choices(bits, k=rng.randint(1, 7)))
+            assert ours.encode(text, "all") == other.encode(text, add_special_tokens=False).ids
+            ids, spans = encode_with_offsets(ours, text, "all")
+            assert ids == ours.encode(text, "all")
+            assert all(0 <= a <= b <= len(text) for a, b in spans)
+
+
+def test_text_never_becomes_a_special_token(corpus):
+    """Also where the model itself knows the piece, as Unigram, WordPiece and whole words do."""
+    data = [write_tokenizer_json(m) for m in (Unigram.train(corpus[:9000], 400),
+            WordPiece.train(corpus[:9000], 200), BPE.train(corpus[:9000], 300))]  # fmt: skip
+    data[0]["model"]["vocab"] += [["</s>", 0.0]]
+    data[1]["model"]["vocab"] |= {"</s>": 200}
+    data[2]["model"] |= {"vocab": data[2]["model"]["vocab"] | {"</s>": 300}, "ignore_merges": True}
+    data[1]["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    data[2]["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\S+|\s+"
+    for one, i in zip(data, (400, 200, 300), strict=True):
+        token = {"id": i, "content": "</s>", "special": True, "single_word": False}
+        one["added_tokens"] += [token | dict.fromkeys(["lstrip", "rstrip", "normalized"], False)]
+        model = read_tokenizer_json(one)
+        assert i not in model.encode("a </s> b") and i in model.encode("a </s> b", "all")
+
+
+def test_unknown_text_that_is_the_unknown_piece(files):
+    """tokenizers: "<unk>" in a text is that piece, but in a longer unknown run it is bytes."""
+    library = pytest.importorskip("tokenizers")
+    data = write_tokenizer_json(files["unigram.json"][1])
+    data["added_tokens"] = []
+    ours, other = read_tokenizer_json(data), library.Tokenizer.from_str(json.dumps(data))
+    for text in ("a <unk> b", "日<unk>日", "<unk><unk>"):
+        assert ours.encode(text) == other.encode(text).ids
 
 
 def test_padding_and_truncation():

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from base import sentencepiece_pipeline
 from bpe import BPE
 from characters import PATTERNS, chars_to_bytes
 from conftest import hard_strings
+from formats import read_tokenizer_json
 from tokenizer import load, save
 from unigram import Unigram
 from wordpiece import WordPiece
@@ -205,6 +207,31 @@ def test_offsets_through_normalization(corpus):
             assert spans == sorted(spans)
     ids, spans = encode_with_offsets(model, "ada rumah")
     assert "".join("ada rumah"[a:b] for a, b in spans) == "ada rumah"
+
+
+def test_offsets_find_the_right_place(corpus):
+    """Regex replacements, strips, spaces that collapse, and a ▁ that no tokenizer put there."""
+    from offsets import encode_with_offsets
+
+    library = pytest.importorskip("tokenizers")
+    norms, pres = library.normalizers, library.pre_tokenizers
+    other = library.Tokenizer(library.models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}))
+    regex = library.Regex(r"\s+")
+    for norm in (
+        norms.Sequence([norms.Strip(), norms.Replace(regex, " ")]),
+        norms.Sequence([norms.Replace("b", ""), norms.Strip(left=False)]),
+        norms.Lowercase(),
+    ):
+        other.normalizer, other.pre_tokenizer = norm, pres.WhitespaceSplit()
+        ours = read_tokenizer_json(json.loads(other.to_str()))
+        for text in (" \t ab ▁ b  AB \n", "▁ ▁", "ab", "  ", "a b" * 3):
+            assert encode_with_offsets(ours, text)[1] == other.encode(text).offsets, (norm, text)
+    collapsing = Unigram.train(corpus, 700)
+    collapsing = Unigram(collapsing.vocab, collapsing.scores, sentencepiece_pipeline(collapse=True))
+    text = "  ada   rumah "
+    ids, spans = encode_with_offsets(collapsing, text)
+    assert ids == collapsing.encode(text)
+    assert [text[a:b] for a, b in spans] == ["ada", "   rumah"]
 
 
 # ---- real vocabularies, if there are any ----

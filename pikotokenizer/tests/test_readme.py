@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import hashlib
 import io
 import json
 import re
@@ -93,6 +94,20 @@ def test_links_and_commands_exist():
     for flag in set(re.findall(r"python main\.py[^`\n]*?(--[a-z-]+)", TEXT)):
         assert flag[2:] in help_text or flag[2:].replace("-", "_") in help_text, flag
     assert not re.search(r"\b(LOG|TABLE|BENCH|COLD|MEMORY|N_TESTS|WPFAIL|BPEOK)\b", TEXT)
+
+
+def test_the_corpus_is_what_its_script_writes():
+    """Byte for byte, with the sums of data/README.md; "a" and "an" as English wants them."""
+    make: dict = {"__name__": "make_corpus", "__file__": str(HERE / "data" / "make_corpus.py")}
+    exec((HERE / "data" / "make_corpus.py").read_text(encoding="utf-8"), make)
+    facts = (HERE / "data" / "README.md").read_text(encoding="utf-8")
+    for name, grammar, money in make["FILES"]:
+        text = make["corpus"](grammar, 0, money)
+        data = (HERE / "data" / f"{name}.txt").read_bytes()
+        assert text.encode("utf-8") == data
+        assert f"| {len(data):,} | `{hashlib.sha256(data).hexdigest()}` |" in facts
+    english = load_texts()["english"]
+    assert not re.search(r"\b([Aa] [aeio]|[Aa] un|[Aa]n [^aeiou]|[Aa]n us)", english)
 
 
 def test_no_control_characters_in_docstrings():

@@ -171,6 +171,16 @@ def test_unigram_training_round_trip(corpus, strings):
         Unigram.train(corpus, 300)
 
 
+def test_a_million_restarts_of_the_sum_take_no_longer(corpus):
+    """REBASE restarts a sum every few thousand unknown characters: only what lies ahead moves."""
+    model = toy({"a": -9_000.0, "aa": -18_000.1})
+    single = Unigram(model.vocab, model.scores, model.pipeline, hidden=[0], single=True)
+    moved = []
+    single.round = lambda x: moved.append(x) or x
+    single.viterbi("a" * 2000)
+    assert len(moved) < 2000 * (2 + 4)
+
+
 def test_long_texts_equal_one_big_lattice(corpus):
     """Looking up parts must give what Viterbi over the whole text gives, rounding and all."""
     model = Unigram.train(corpus, 700)

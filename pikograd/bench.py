@@ -9,6 +9,7 @@ import json
 import math
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -17,10 +18,11 @@ import nn
 import optim
 import tensor as pg
 from model import ScalarNet
-from run import UserError, say
+from run import UserError, say, write_json
 from value import Value
 
 BLOCKS = 9
+RESULT = Path(__file__).resolve().parent / "runs" / "bench.json"
 
 
 def alternate(*jobs, inner=10, warm=3):
@@ -208,12 +210,17 @@ def main():
         f"{torch.get_num_threads()} torch threads")  # fmt: skip
     print(f"{'':32s}{'pikograd':>12s}{'peer':>12s}{'ratio':>10s}")
 
+    rows = {}
+
     def table(name, ours, theirs, unit, peer=""):
-        ratio = theirs / ours
+        ratio, rows[name] = theirs / ours, [round(ours, 4), round(theirs, 4)]
         print(f"{name:32s}{ours:9.3f} {unit}{theirs:9.3f} {unit}{ratio:9.2f} × {peer}", flush=True)
 
     out = bench_nets(torch, table) | bench_overhead(torch, table) | bench_scalar(table)
     peak = bench_products()
     print(f"numpy's matrix product: {peak / 1e9:.0f} GFLOP/s")
     out |= {"gemm_gflops": peak / 1e9}
-    print(json.dumps({name: round(value, 4) for name, value in out.items()}))
+    out = {name: round(value, 4) for name, value in out.items()}
+    RESULT.parent.mkdir(exist_ok=True)
+    write_json(RESULT, out | {"rows": rows})  # from where `--figures` takes the README's numbers
+    print(json.dumps(out))

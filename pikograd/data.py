@@ -6,11 +6,12 @@ size, B batch, T time.
 
 import gzip
 import runpy
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from run import UserError
+from run import UserError, say
 
 HERE = Path(__file__).resolve().parent
 DIGITS, TEXT = HERE / "data" / "digits.npz", HERE / "data" / "sums.txt"
@@ -83,7 +84,7 @@ def load_images(path, scale=None):
 def read_idx_pair(folder, part):
     """(images (N, H, W), labels (N,)) from `part`-images… and `part`-labels…, gzipped or not."""
     images, labels = (read_idx(folder, f"{part}-{kind}") for kind in ("images", "labels"))
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not images.size:
         raise UserError(f"{folder}: {part} has images {images.shape} and labels {labels.shape}")
     return images, labels
 
@@ -100,7 +101,7 @@ def read_idx(folder, stem):
             raise ValueError("no idx file of bytes")
         shape = np.frombuffer(raw, ">u4", raw[3], 4)
         return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{found[0]} is damaged or no idx file: {error}") from None
 
 
@@ -123,6 +124,11 @@ class Text:
         if len(text) - cut <= seq_len or len(self.vocab) < 2:
             raise UserError(
                 f"--data {self.path}: {len(text)} characters; {10 * (seq_len + 1)} are needed"
+            )
+        unknown = sum(c not in self.vocab for c in text[cut:])
+        if unknown:
+            say(
+                f"note       {unknown:,} held-out characters are unknown and count as the first one"
             )
         ids = encode(text, self.vocab)
         self.train, self.test = ids[:cut], ids[cut:]

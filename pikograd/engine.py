@@ -163,6 +163,7 @@ class Tensor:
     __array_ufunc__ = None  # ndarray ⊕ Tensor goes to the Tensor's reflected operator
 
     def __init__(self, data, requires_grad=False, dtype=None):
+        self.hidden = data.hidden if isinstance(data, Tensor) else 0
         data = data.data if isinstance(data, Tensor) else data
         if dtype is None and not isinstance(data, (np.ndarray, np.generic)):
             array = np.asarray(data)
@@ -174,7 +175,7 @@ class Tensor:
             raise TypeError(f"dtype {array.dtype} is none of float32, float64, int64, bool")
         if requires_grad and array.dtype not in FLOATS:
             raise TypeError(f"only floating point tensors can require gradients, not {array.dtype}")
-        self.data, self.grad, self.node, self.hidden = array, None, None, 0
+        self.data, self.grad, self.node = array, None, None
         self.requires_grad, self.version = requires_grad, [0, ""]
 
     @property
@@ -203,10 +204,14 @@ class Tensor:
             raise GraphError("numpy() of a tensor that requires gradients: call detach() first")
         return self.data
 
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.numpy(), dtype)
+
     def item(self):
         """The only element, as a Python number."""
         if self.data.size != 1:
-            raise ShapeError(f"item() needs one element, the shape is {self.shape}")
+            inside = " in each of vmap's examples" if self.hidden else ""
+            raise ShapeError(f"item() needs one element, the shape is {self.shape}{inside}")
         return self.data.item()
 
     def tolist(self):
@@ -250,6 +255,10 @@ class Tensor:
                 f"{name} on a tensor of shape {self.shape} that requires gradients, or with such a "
                 "value: wrap it in no_grad(), or use where()/scatter(), which make a new tensor"
             )
+        if self.hidden or value.hidden:
+            raise GraphError(f"{name} inside vmap: use where()/scatter(), which make a new tensor")
+        if value.dtype in FLOATS and self.dtype not in FLOATS:
+            raise TypeError(f"{name}: {value.dtype} values into a tensor of {self.dtype}")
         try:
             self.data[key] = value.data
         except ValueError as error:
@@ -318,7 +327,11 @@ def _plain_key(key):
     """An index with its Tensors replaced by their arrays."""
     if isinstance(key, tuple):
         return tuple(_plain_key(k) for k in key)
-    return key.data if isinstance(key, Tensor) else key
+    if not isinstance(key, Tensor):
+        return key
+    if key.hidden:
+        raise GraphError("inside vmap, a mapped index must be the only one, of integers: gather()")
+    return key.data
 
 
 def as_tensor(x, like=None):
@@ -326,15 +339,17 @@ def as_tensor(x, like=None):
     if isinstance(x, Tensor):
         return x
     if like is not None and isinstance(x, (int, float)):
-        fits = like.dtype in FLOATS or isinstance(x, int)
-        return _new(np.array(x, dtype=like.dtype if fits else np.float32))
+        own, kind = (np.int64 if isinstance(x, int) else np.float32), like.data.dtype.kind
+        fits = kind == "f" or isinstance(x, bool) or (kind == "i" and own is np.int64)
+        return _new(np.array(x, dtype=like.dtype if fits else own))
     return Tensor(x)
 
 
 def match_dtypes(args):
-    """The arguments as Tensors, floats promoted to the widest float among them, as torch does.
+    """The arguments as Tensors, floats promoted to the widest float among them.
 
-    Integers and booleans join a float as that float; alone they stay what they are.
+    Integers and booleans join a float as that float; alone they stay what they are. As torch does,
+    but for 0-d tensors, which count here like all others.
     """
     if len(args) == 1:
         return (as_tensor(args[0]),)
@@ -446,8 +461,10 @@ def apply(op, tensors, params=()):
         raise ShapeError(f"{op.name}: shapes {shapes}: {error}") from None
     out = _new(data)
     out.hidden = hidden
-    if op.view and out.data.base is not None:
-        out.version = tensors[0].version  # the same memory: a write to one is a write to both
+    if op.view:
+        first, base = tensors[0], out.data.base
+        if base is not None and (base is first.data or base is first.data.base):
+            out.version = first.version  # the same memory: a write to one is a write to both
     if Modes.grad_enabled and op.differentiable:
         for t in tensors:
             if t.requires_grad:
@@ -522,8 +539,8 @@ def _step(node, g, wanted, pending):
     Modes.backward_of = node
     for edge, dx in node.pull(g, wanted):
         shared = dx.data is g.data or dx.data.base is not None
-        if shared and isinstance(edge, Tensor) and edge not in pending and not Modes.grad_enabled:
-            dx = _new(dx.data.copy())  # a leaf's .grad may be changed in place: own memory
+        if shared and isinstance(edge, Tensor) and edge not in pending:
+            dx = clone(dx)  # a leaf's .grad may be changed in place: own memory
         _accumulate(pending, edge, dx)
 
 
@@ -547,7 +564,7 @@ def _seed(root, g):
         raise GraphError("inside vmap, backward through a graph recorded outside: record it inside")
     if g.shape != root.shape:
         raise ShapeError(f"backward: gradient {g.shape} for a tensor of shape {root.shape}")
-    return add(g, 0.0) if root.is_leaf else g  # a leaf's .grad must not be the caller's array
+    return clone(g) if root.is_leaf else g  # a leaf's .grad must not be the caller's array
 
 
 def reachable(nodes, stop=()):
@@ -579,8 +596,10 @@ def grads(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=Fa
     Returns a list with a zero Tensor where an output does not depend on an input.
     """
     outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    grad_outputs = [None] * len(outputs) if grad_outputs is None else grad_outputs
-    grad_outputs = [grad_outputs] if isinstance(grad_outputs, Tensor) else grad_outputs
+    if grad_outputs is None:
+        grad_outputs = [None] * len(outputs)
+    elif not isinstance(grad_outputs, (tuple, list)):
+        grad_outputs = [grad_outputs]
     targets = {x.edge() for x in inputs}
     if any(x.hidden < len(Modes.vmap_sizes) for x in inputs):
         raise GraphError(
@@ -608,6 +627,12 @@ def _cast(x, dtype, source):
 @primitive(batch="elementwise", x=None)
 def _to_integer(x, dtype, source):
     return x.astype(dtype)
+
+
+@primitive(batch="elementwise", x=lambda g: g)
+def clone(x):
+    """A copy with its own memory and the same history."""
+    return x.copy()
 
 
 @primitive(batch="elementwise", flops=1, x=lambda g: g, y=lambda g: g)
@@ -645,7 +670,7 @@ def _sum_hidden(x, shape, extra, hidden):
 def expand(x, shape):
     """x broadcast to `shape`, without copying; −1 keeps an axis."""
     lead = len(shape) - x.ndim
-    shape = tuple(x.shape[i - lead] if n == -1 else n for i, n in enumerate(shape))
+    shape = tuple(x.shape[i - lead] if n == -1 and i >= lead else n for i, n in enumerate(shape))
     x = _reshape(x, (1,) * lead + x.shape) if lead > 0 else x
     return _expand(x, shape)
 

@@ -1,6 +1,8 @@
 """`--figures`: every picture the README shows, drawn anew into assets/.
 
-matplotlib is needed here and nowhere else; the graph of an expression is SVG written by us.
+matplotlib is needed here and nowhere else; the graph of an expression is SVG written by us. Also
+collects the numbers that the README quotes, from runs/NAME-SEED and the last bench, into
+assets/results.json: a test holds the README against it.
 """
 
 import html
@@ -8,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+import bench
 import nn
 import optim
 import tensor as pg
 import train
 from meter import CostMeter
-from run import UserError, say
+from run import RunDirectory, UserError, read_json, say, write_json
 from transforms import checkpoint
 from value import Value, topological_order
 
@@ -31,10 +34,16 @@ def neuron():
 
 
 def graph_svg(root):
-    """The graph below a Value as SVG: inputs left, results right, value and gradient in each."""
-    depth, columns = {}, {}
-    for v in topological_order(root):
+    """The graph below a Value as SVG: inputs left, results right, value and gradient in each.
+
+    An input stands in the column before its first use, so that no line runs behind a box.
+    """
+    depth, columns, order = {}, {}, topological_order(root)
+    for v in order:
         depth[v] = 1 + max((depth[c] for c in v._prev), default=-1)
+    for v in sorted(order, key=depth.get, reverse=True):
+        depth |= {c: depth[v] - 1 for c in v._prev if not c._prev}
+    for v in order:
         columns.setdefault(depth[v], []).append(v)
     rows = max(map(len, columns.values()))
     place = {
@@ -43,11 +52,12 @@ def graph_svg(root):
         for i, v in enumerate(column)
     }
     width, height = 190 * len(columns), 70 * rows + 20
-    lines = [f'<line x1="{place[c][0] + 140}" y1="{place[c][1] + 25}" x2="{x}" y2="{y + 25}" '
-             'stroke="#999"/>' for v, (x, y) in place.items() for c in v._prev]  # fmt: skip
+    lines = [f'<path d="M{a + 140} {b + 25} C{x - 25} {b + 25} {a + 165} {y + 25} {x} {y + 25}" '
+             'fill="none" stroke="#888" stroke-width="1.5"/>'
+             for v, (x, y) in place.items() for a, b in (place[c] for c in v._prev)]  # fmt: skip
     boxes = []
     for v, (x, y) in place.items():
-        name = html.escape(" ".join(filter(None, (v.label, v._op and f"[{v._op}]"))))
+        name = html.escape(" = ".join(filter(None, (v.label, v._op.replace("*", "×")))))
         colour = "#dbeafe" if v._prev else "#fef3c7"
         boxes.append(
             f'<rect x="{x}" y="{y}" width="140" height="50" rx="6" fill="{colour}" stroke="#555"/>'
@@ -147,6 +157,22 @@ def memory_curve(plt):
     return fig
 
 
+def collect():
+    """Three seeds' scores of each task, the seconds of the first, and the bench: what is there."""
+    file, runs = ASSETS / "results.json", bench.RESULT.parent
+    found = read_json(file) if file.exists() else {}
+    for task in ("cnn", "mlp", "moons", "mnist", "gpt"):
+        logs = [RunDirectory(runs / f"{task}-{seed}").history() for seed in range(3)]
+        if all(logs):
+            last = [[x for x in log if x["split"] == "held out"][-1] for log in logs]
+            key = "loss" if task == "gpt" else "accuracy"
+            scores, seconds = [line[key] for line in last], last[0]["seconds"]
+            found[task] = {key: scores, "seconds": seconds}
+    if bench.RESULT.exists():
+        found["bench"] = read_json(bench.RESULT)
+    write_json(file, found)
+
+
 def main():
     try:
         import matplotlib
@@ -156,6 +182,7 @@ def main():
     import matplotlib.pyplot as plt
 
     ASSETS.mkdir(exist_ok=True)
+    collect()
     (ASSETS / "graph.svg").write_text(graph_svg(neuron()), encoding="utf-8")
     for name, draw in {"moons": decision_boundary, "optimizers": trajectories,
                        "memory": memory_curve}.items():  # fmt: skip

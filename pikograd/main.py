@@ -3,7 +3,7 @@
 python main.py --train                    3 s on two cores: handwritten digits, a small CNN
 python main.py --train --model gpt        1-2 minutes: a character model of a tiny grammar
 python main.py --train --model moons      10 s: two moons, every number a Value
-python main.py --train --model mlp --data FOLDER      20 s: MNIST's four idx files
+python main.py --train --model mlp --data FOLDER      15 s: MNIST's four idx files
 python main.py --sample                   at once: held-out digits and what the net sees
 python main.py --sample --model gpt       at once: text
 python main.py --classify FILE            at once: one picture, .npy or .pgm
@@ -15,9 +15,15 @@ python main.py --selfcheck                2 s; every operation against finite di
 
 import argparse
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+
+# OpenBLAS reads this when numpy is imported. Its threads spin while they wait for each other: for
+# products as small as these two are no faster than one, and several times slower on a busy machine.
+if "--bench" not in sys.argv:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
@@ -58,9 +64,10 @@ def parser():
 def load(args, kinds=train.MODELS):
     """The task of --weights, else of the newest run of a fitting model, else the one shipped."""
     asked = run.given(args, train.TrainConfig)
+    config = run.from_options(train.TrainConfig(), args)  # complains of values that make no sense
     kinds = (asked["model"],) if asked.get("model") in kinds else kinds
-    if args.weights:
-        found = [Path(args.weights)]
+    if args.weights or args.train:
+        found = [Path(args.weights or config.out)]
     else:
         shipped = [
             HERE / "pretrained" / kind for kind in sorted(kinds, key="cnn gpt mlp moons".find)
@@ -162,7 +169,8 @@ def write(task, prompt, temperature, seed, length=300):
     with pg.no_grad():
         for _ in range(length):
             ids = data.encode(text[-task.model.seq_len :], vocab)[None]
-            p = pg.softmax(task.net(pg.Tensor(ids))[0, -1] / temperature, 0).double().numpy()
+            x = task.net(pg.Tensor(ids))[0, -1].double()
+            p = pg.softmax((x - x.max()) / temperature, 0).numpy()
             text += vocab[rng.choice(len(vocab), p=p / p.sum())]
     return text.strip("\n")
 

@@ -12,7 +12,7 @@ import math
 import numpy as np
 
 import tensor as pg
-from engine import ShapeError, Tensor, as_tensor
+from engine import FLOATS, ShapeError, Tensor, as_tensor
 from tensor import conv1d, conv2d, gelu, linear, max_pool1d, max_pool2d, softmax, stack, where
 
 
@@ -33,7 +33,8 @@ class Hook:
         hooks.append(f)
 
     def remove(self):
-        self.hooks.remove(self.f)
+        if self.f in self.hooks:
+            self.hooks.remove(self.f)
 
 
 class Module:
@@ -45,11 +46,13 @@ class Module:
         self.training = True
 
     def __setattr__(self, name, value):
-        if isinstance(value, Parameter):
-            self._parameters[name] = value
-        elif isinstance(value, Module):
-            self._modules[name] = value
-        elif "_buffers" in self.__dict__ and name in self._buffers:
+        kind = next((k for k in (Parameter, Module) if isinstance(value, k)), None)
+        for registry, own in (("_parameters", Parameter), ("_modules", Module)):
+            if kind is own:
+                getattr(self, registry)[name] = value
+            else:  # what the name held before counts no longer
+                self.__dict__.get(registry, {}).pop(name, None)
+        if name in self.__dict__.get("_buffers", {}):
             self._buffers[name] = value
         super().__setattr__(name, value)
 
@@ -160,7 +163,9 @@ class Module:
         for module in self.modules():
             for registry in (module._parameters, module._buffers):
                 for t in registry.values():
-                    t.data = t.data.astype(dtype) if t.data.dtype.kind == "f" else t.data
+                    if t.dtype in FLOATS:
+                        t.data = t.data.astype(dtype)
+                        t.bump("Module.to")
         return self
 
     def __repr__(self):
@@ -229,40 +234,31 @@ class Linear(Module):
         return f"{self.weight.shape[1]}, {self.weight.shape[0]}"
 
 
-class _Conv(Module):
-    def __init__(self, in_channels, out_channels, kernel, stride, padding, groups, bias):
+class Conv2d(Module):
+    """(N, C, H, W) → (N, O, H_out, W_out), H_out = (H + 2·padding − kernel) // stride + 1."""
+
+    n_axes, convolve = 2, staticmethod(conv2d)
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1,
+                 bias=True):  # fmt: skip
         super().__init__()
-        fan_in = in_channels // groups * math.prod(kernel)
+        shape = (out_channels, in_channels // groups, *pg._tuple(kernel_size, self.n_axes))
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
         self.stride, self.padding, self.groups = stride, padding, groups
-        self.weight = _uniform(1 / math.sqrt(fan_in), out_channels, in_channels // groups, *kernel)
-        self.bias = _uniform(1 / math.sqrt(fan_in), out_channels) if bias else None
+        self.weight = _uniform(bound, *shape)
+        self.bias = _uniform(bound, out_channels) if bias else None
+
+    def forward(self, x):
+        return self.convolve(x, self.weight, self.bias, self.stride, self.padding, self.groups)
 
     def extra_repr(self):
         return f"{self.weight.shape}, stride={self.stride}, padding={self.padding}"
 
 
-class Conv1d(_Conv):
+class Conv1d(Conv2d):
     """(N, C, L) → (N, O, L_out), L_out = (L + 2·padding − kernel) // stride + 1."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1,
-                 bias=True):  # fmt: skip
-        super().__init__(in_channels, out_channels, pg._tuple(kernel_size, 1), stride, padding,
-                         groups, bias)  # fmt: skip
-
-    def forward(self, x):
-        return conv1d(x, self.weight, self.bias, self.stride, self.padding, self.groups)
-
-
-class Conv2d(_Conv):
-    """(N, C, H, W) → (N, O, H_out, W_out), H_out = (H + 2·padding − kernel) // stride + 1."""
-
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1,
-                 bias=True):  # fmt: skip
-        super().__init__(in_channels, out_channels, pg._tuple(kernel_size, 2), stride, padding,
-                         groups, bias)  # fmt: skip
-
-    def forward(self, x):
-        return conv2d(x, self.weight, self.bias, self.stride, self.padding, self.groups)
+    n_axes, convolve = 1, staticmethod(conv1d)
 
 
 class MaxPool2d(Module):
@@ -319,7 +315,7 @@ class BatchNorm(Module):
         dims = (0, *range(2, x.ndim))
         shape = (-1,) + (1,) * (x.ndim - 2)
         if self.training:
-            self._track(x.data, dims)
+            self._track(x, dims)
             normed = pg.standardize(x, dims, self.eps)
         else:
             scale = (self.running_var + self.eps) ** -0.5
@@ -327,10 +323,11 @@ class BatchNorm(Module):
         return normed * self.weight.reshape(shape) + self.bias.reshape(shape)
 
     def _track(self, x, dims):
-        n = x.size // x.shape[1]
-        if n < 2:
-            raise ShapeError(f"BatchNorm: one value per channel in training, shape {x.shape}")
-        new = (x.mean(dims), x.var(dims) * (n / (n - 1)))
+        n = x.numel() // x.shape[1]
+        if n < 2 or x.hidden:
+            why = "training inside vmap: call eval()" if x.hidden else "one value per channel"
+            raise ShapeError(f"BatchNorm: {why}, shape {x.shape}")
+        new = (x.data.mean(dims), x.data.var(dims) * (n / (n - 1)))
         for old, value in zip((self.running_mean, self.running_var), new, strict=True):
             old.copy_(Tensor((1 - self.momentum) * old.data + self.momentum * value))
         self.num_batches_tracked.add_(1)
@@ -343,7 +340,7 @@ BatchNorm1d = BatchNorm2d = BatchNorm
 
 
 def layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-5):
-    """x̂·γ + β over the last axes, Ba et al. 2016 (arXiv:1607.06450), Eq. 3."""
+    """x̂·γ + β over the last axes, Ba et al. 2016 (arXiv:1607.06450), Eq. 3 and 4."""
     if x.shape[-len(normalized_shape) :] != tuple(normalized_shape):
         raise ShapeError(f"layer_norm: shapes {x.shape} and {tuple(normalized_shape)}")
     x = pg.standardize(x, tuple(range(-len(normalized_shape), 0)), eps)
@@ -368,7 +365,10 @@ class LayerNorm(Module):
 
 
 class RMSNorm(Module):
-    """x/√(mean(x²) + eps)·γ over the last axis, Zhang & Sennrich 2019 (arXiv:1910.07467), Eq. 4."""
+    """x/√(mean(x²) + eps)·γ over the last axis, Zhang & Sennrich 2019 (arXiv:1910.07467), Eq. 4.
+
+    torch's default eps is the step of the dtype at 1, about 1.2e-7 in float32.
+    """
 
     def __init__(self, d_model, eps=1e-5):
         super().__init__()
@@ -392,7 +392,8 @@ class GroupNorm(Module):
         self.bias = Parameter(np.zeros(num_channels, np.float32))
 
     def forward(self, x):
-        groups = pg.standardize(x.reshape(x.shape[0], self.num_groups, -1), -1, self.eps)
+        size = math.prod(x.shape[1:]) // self.num_groups
+        groups = pg.standardize(x.reshape(len(x), self.num_groups, size), -1, self.eps)
         shape = (-1,) + (1,) * (x.ndim - 2)
         return groups.reshape(x.shape) * self.weight.reshape(shape) + self.bias.reshape(shape)
 
@@ -408,8 +409,9 @@ class Embedding(Module):
     def forward(self, index):
         index = as_tensor(index)
         n = self.weight.shape[0]
-        if index.data.size and not (index.data.min() >= 0 and index.data.max() < n):
-            raise IndexError(f"Embedding: index {index.data.max()} outside the table of {n} rows")
+        bad = index.data[(index.data < 0) | (index.data >= n)]
+        if bad.size:
+            raise IndexError(f"Embedding: index {bad[0]} outside the table of {n} rows")
         return self.weight[index]
 
     def extra_repr(self):
@@ -503,7 +505,7 @@ class MultiHeadAttention(Module):
         return self.out_proj(out.transpose(1, 2).reshape(query.shape))
 
     def _split(self, x):
-        return x.reshape(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
 
 
 class _Cell(Module):
@@ -554,7 +556,7 @@ class LSTMCell(_Cell):
 
 class GRUCell(_Cell):
     """r, z = σ(…); n = tanh(W·x + b + r·(U·h + b')); h' = (1 − z)·n + z·h. Cho et al. 2014
-    (arXiv:1406.1078), Eq. 5–8, with torch's place of r and sense of z."""
+    (arXiv:1406.1078), Eq. 5–8, with r where torch has it: after the product with U."""
 
     def __init__(self, input_size, hidden_size):
         super().__init__(input_size, hidden_size, 3)
@@ -580,25 +582,26 @@ def _reduce(rows, reduction):
 def cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
     """−Σ q·log softmax(logits) in nats, q one-hot, or (1 − ε)·one-hot + ε/C with smoothing ε.
 
-    logits (N, C, …), target (N, …) integers; the mean is over targets ≠ ignore_index. Equals ln C
-    for equal logits. Raises IndexError for a target outside [0, C).
+    logits (N, C, …), target (N, …) integers, or (C,) and a single one; the mean is over targets ≠
+    ignore_index. Equals ln C for equal logits. Raises IndexError for a target outside [0, C).
     """
-    target = as_tensor(target)
-    if logits.ndim != target.ndim + 1 or logits.shape[:1] + logits.shape[2:] != target.shape:
+    target, rest = as_tensor(target), logits.shape[:1] + logits.shape[2:]
+    if not logits.ndim or target.shape != (rest if logits.ndim > 1 else ()):
         raise ShapeError(f"cross_entropy: shapes {logits.shape} and {target.shape}")
     x = logits.permute(0, *range(2, logits.ndim), 1) if logits.ndim > 2 else logits
-    used = target.data != ignore_index
-    bad = used & ((target.data < 0) | (target.data >= x.shape[-1]))
-    if bad.any():
-        raise IndexError(f"cross_entropy: target {target.data[bad][0]} of {x.shape[-1]} classes")
-    rows = pg.cross_entropy_rows(x, target if used.all() else where(used, target, 0))
+    used = target != ignore_index
+    bad = target.data[used.data & ((target.data < 0) | (target.data >= x.shape[-1]))]
+    if bad.size:
+        raise IndexError(f"cross_entropy: target {bad[0]} of {x.shape[-1]} classes")
+    ignored = not used.data.all()
+    rows = pg.cross_entropy_rows(x, where(used, target, 0) if ignored else target)
     if label_smoothing:
         uniform = pg.logsumexp(x, -1) - x.mean(-1)
         rows = (1 - label_smoothing) * rows + label_smoothing * uniform
-    if used.all():
+    if not ignored:
         return _reduce(rows, reduction)
     rows = where(used, rows, 0.0)
-    return rows.sum() / int(used.sum()) if reduction == "mean" else _reduce(rows, reduction)
+    return rows.sum() / used.sum() if reduction == "mean" else _reduce(rows, reduction)
 
 
 def mse_loss(x, y, reduction="mean"):

@@ -32,6 +32,8 @@ class Optimizer:
         self.groups = [defaults | g | {"params": list(g["params"])} for g in groups]
         for group in self.groups:
             self._check(group, defaults)
+        if len(set(self.parameters())) < len(self.parameters()):
+            raise ValueError("optimizer: a parameter is given twice and would be updated twice")
         self.state = {}  # index of the parameter → {"step": t, slot: array, …}
 
     def _check(self, group, defaults):
@@ -102,6 +104,8 @@ class Optimizer:
             if key not in ("step", *self.slots) or not int(where) < len(params):
                 raise KeyError(f"optimizer state {name!r} does not belong to {type(self).__name__}")
             s = self.state.get(int(where)) or self._start(int(where), params[int(where)])
+            if np.shape(value) != np.shape(s[key]):
+                raise ShapeError(f"optimizer state {name!r} has shape {np.shape(value)}")
             s[key] = int(value) if key == "step" else np.array(value, s[key].dtype)
 
     def update(self, x, g, s, o, t):
@@ -323,7 +327,7 @@ def one_cycle(t, total, rise=0.3, start=1 / 25, end=1e-4 / 25):
     """
     peak, last = rise * total - 1, total - 1
     if t <= peak:
-        a, b, done = start, 1.0, t / peak
+        a, b, done = start, 1.0, t / peak if peak else 1.0
     else:
         a, b, done = 1.0, end, (t - peak) / (last - peak)
     return b + (a - b) * 0.5 * (1 + math.cos(math.pi * done))

@@ -41,13 +41,13 @@ def command_line(main):
     try:
         main()
         sys.stdout.flush()
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our stdout left, as in `main.py --sample | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (UserError, OSError) as error:  # OSError: a full disk, a directory that went away
         say("error: " + " ".join(str(error).split()))
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout left, as in `main.py --sample | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 # options
@@ -106,6 +106,8 @@ def whole_file(path):
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -120,7 +122,7 @@ def read_json(path):
     """The object in a JSON file. UserError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{path} is missing: give a run directory") from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is not readable JSON ({type(error).__name__})") from None
@@ -181,7 +183,7 @@ class RunDirectory:
 
     config.json              what was run, with the versions it ran on
     log.jsonl                a line for each logged step
-    model.safetensors        the weights that were best on the held-out data
+    model.safetensors        the weights of the last step
     checkpoint.safetensors   everything to go on from: weights, optimizer, random generator, step
     """
 
@@ -213,12 +215,11 @@ class RunDirectory:
 
     def history(self, before=float("inf")):
         """The logged lines up to step `before`; later ones, and a line cut short, are dropped."""
-        lines = []
+        kept = []
         if self.log_file.exists():
-            for text in self.log_file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    lines.append(json.loads(text))
-        kept = [line for line in lines if line["step"] <= before]
+            for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    kept += [line] if (line := json.loads(text))["step"] <= before else []
         if before != float("inf"):
             with whole_file(self.log_file) as part:
                 part.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")

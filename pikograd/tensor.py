@@ -26,10 +26,12 @@ from engine import (  # noqa: F401  (re-exported: the tape's own names)
     apply,
     as_tensor,
     cast,
+    clone,
     detect_anomaly,
     enable_grad,
     expand,
     grads,
+    match_dtypes,
     no_grad,
     primitive,
     zeros_like,
@@ -59,7 +61,8 @@ def ones_like(x):
 
 
 def arange(*args):
-    return Tensor(np.arange(*args))
+    x = np.arange(*args)
+    return Tensor(x, dtype=np.float32 if x.dtype.kind == "f" else None)
 
 
 def randn(*shape, dtype=np.float32, requires_grad=False):
@@ -74,6 +77,9 @@ def rand(*shape, dtype=np.float32, requires_grad=False):
 
 def one_hot(index, n):
     """(…) integers in [0, n) → (…, n) float32 with a single 1 in each row."""
+    index = as_tensor(index)
+    if ((index.data < 0) | (index.data >= n)).any():
+        raise IndexError(f"one_hot: an index outside [0, {n})")
     return equal(unsqueeze(index, -1), arange(n)).float()
 
 
@@ -233,8 +239,8 @@ def floor(x):
 
 
 def _share(x, y):
-    """How much of the gradient of max(x, y) goes to x: 1, ½ for a tie, 0."""
-    return (x > y) + 0.5 * equal(x, y)
+    """How much of the gradient of max(x, y) goes to x: 1, ½ for a tie, 0; 1 if one is NaN."""
+    return 1.0 - (x < y) - 0.5 * equal(x, y)
 
 
 @elementwise(x=lambda g, x, y: g * _share(x, y), y=lambda g, x, y: g * _share(y, x))
@@ -251,21 +257,22 @@ def minimum(x, y):
 
 @elementwise(x=lambda g, x, low, high: _keep(g, (x >= low) & (x <= high)))
 def _clamp(x, low, high):
-    return (
-        np.clip(x, x.dtype.type(low), x.dtype.type(high))
-        if x.dtype in FLOATS
-        else (np.clip(x, low, high))
-    )
+    return np.clip(x, x.dtype.type(low), x.dtype.type(high))
 
 
 def clamp(x, min=-np.inf, max=np.inf):
     """x kept within [min, max]; the gradient passes on the borders, as torch."""
-    return _clamp(x, float(min), float(max))
+    if x.dtype in FLOATS:
+        return _clamp(x, float(min), float(max))
+    x = x if min == -np.inf else maximum(x, min)
+    return x if max == np.inf else minimum(x, max)
 
 
 @elementwise(mask=None, x=lambda g, mask: _keep(g, mask), y=lambda g, mask: _keep(g, ~mask))
 def where(mask, x, y):
-    """x where the mask holds, else y."""
+    """x where the mask (booleans) holds, else y."""
+    if mask.dtype != bool:
+        raise TypeError(f"where: the mask holds {mask.dtype}, it must hold booleans")
     return np.where(mask, x, y)
 
 
@@ -331,16 +338,23 @@ def isnan(x):
 
 
 def axes(x, dim):
-    """dim (None, int or tuple) as a tuple of negative axes. Raises ShapeError outside the rank."""
+    """dim (None, int or tuple) as a tuple of negative axes, none of them twice.
+
+    Raises ShapeError outside the rank; 0 and −1 are allowed for a 0-d tensor and mean no axis.
+    """
     dims = range(x.ndim) if dim is None else dim if isinstance(dim, (tuple, list)) else (dim,)
-    for d in dims:
-        if not -x.ndim <= d < builtins.max(x.ndim, 1):
-            raise ShapeError(f"dim {d} of a tensor of shape {x.shape}")
-    return tuple(sorted({d % x.ndim - x.ndim for d in dims})) if x.ndim else ()
+    rank = builtins.max(x.ndim, 1)
+    found = tuple(sorted({d % rank - rank for d in dims}))
+    if len(found) != len(dims) or not all(-rank <= d < rank for d in dims):
+        raise ShapeError(f"dim {dim} of a tensor of shape {x.shape}")
+    return found if x.ndim else ()
 
 
 def axis(x, dim):
-    return (axes(x, dim) or (-1,))[0]
+    """dim as one negative axis. A 0-d tensor has none (under vmap, −1 would be a hidden one)."""
+    if not x.ndim:
+        raise ShapeError(f"dim {dim} of a tensor of shape ()")
+    return axes(x, dim)[0]
 
 
 def kept(shape, dims):
@@ -348,8 +362,8 @@ def kept(shape, dims):
     return tuple(1 if i - len(shape) in dims else n for i, n in enumerate(shape))
 
 
-def reducer(**rules):
-    return primitive(batch="trailing", flops=1, **rules)
+def reducer(flops=1, real=False, **rules):
+    return primitive(batch="trailing", flops=flops, real=real, **rules)
 
 
 @reducer(x=lambda g, shape, dims: expand(reshape(g, kept(shape, dims)), shape))
@@ -380,7 +394,10 @@ def var(x, dim=None, correction=1, keepdim=False):
 
 
 def std(x, dim=None, correction=1, keepdim=False):
-    return sqrt(var(x, dim, correction, keepdim))
+    """√var; the gradient is 0 where it is 0, as torch."""
+    v = var(x, dim, correction, keepdim)
+    zero = equal(v, 0)
+    return where(zero, 0.0, sqrt(where(zero, 1.0, v)))
 
 
 def _tied(g, x, out, dims, shape):
@@ -390,12 +407,12 @@ def _tied(g, x, out, dims, shape):
     return g * (mask / sum(mask, dims, keepdim=True))
 
 
-@reducer(x=lambda g, x, out, dims, shape: _tied(g, x, out, dims, shape))
+@reducer(x=_tied)
 def _amax(x, dims, keepdim):
     return x.max(axis=dims, keepdims=keepdim)
 
 
-@reducer(x=lambda g, x, out, dims, shape: _tied(g, x, out, dims, shape))
+@reducer(x=_tied)
 def _amin(x, dims, keepdim):
     return x.min(axis=dims, keepdims=keepdim)
 
@@ -439,15 +456,13 @@ def _extremum(x, index, dim, keepdim):
     return (values, index) if keepdim else (squeeze(values, dim), squeeze(index, dim))
 
 
-@primitive(
-    batch="trailing",
-    flops=5,
-    x=lambda g, x, out, dims, shape: (
-        reshape(g, kept(shape, dims)) * exp(x - reshape(out, kept(shape, dims)))
-    ),
-)
+def _logsumexp_rule(g, x, out, dims, shape):
+    return reshape(g, kept(shape, dims)) * exp(x - reshape(out, kept(shape, dims)))
+
+
+@reducer(flops=5, real=True, x=_logsumexp_rule)
 def _logsumexp(x, dims, keepdim):
-    top = x.max(axis=dims, keepdims=True)
+    top = x.max(axis=dims, keepdims=True, initial=-np.inf)
     top = np.where(np.isfinite(top), top, 0)
     with np.errstate(divide="ignore"):  # a row of −inf has sum 0: its logarithm is −inf, rightly
         out = np.log(np.exp(x - top).sum(axis=dims, keepdims=True)) + top
@@ -459,11 +474,9 @@ def logsumexp(x, dim=None, keepdim=False):
     return _logsumexp(x, axes(x, dim), keepdim)
 
 
-@primitive(
-    batch="trailing", flops=5, x=lambda g, out, dim: out * (g - sum(g * out, dim, keepdim=True))
-)
+@reducer(flops=5, real=True, x=lambda g, out, dim: out * (g - sum(g * out, dim, keepdim=True)))
 def _softmax(x, dim):
-    e = np.exp(x - x.max(axis=dim, keepdims=True))
+    e = np.exp(x - x.max(axis=dim, keepdims=True, initial=-np.inf))
     e /= e.sum(axis=dim, keepdims=True)
     return e
 
@@ -473,11 +486,9 @@ def softmax(x, dim):
     return _softmax(x, axis(x, dim))
 
 
-@primitive(
-    batch="trailing", flops=5, x=lambda g, out, dim: g - exp(out) * sum(g, dim, keepdim=True)
-)
+@reducer(flops=5, real=True, x=lambda g, out, dim: g - exp(out) * sum(g, dim, keepdim=True))
 def _log_softmax(x, dim):
-    x = x - x.max(axis=dim, keepdims=True)
+    x = x - x.max(axis=dim, keepdims=True, initial=-np.inf)
     x -= np.log(np.exp(x).sum(axis=dim, keepdims=True))
     return x
 
@@ -487,20 +498,16 @@ def log_softmax(x, dim):
     return _log_softmax(x, axis(x, dim))
 
 
-@primitive(
-    batch="trailing",
-    flops=6,
-    x=lambda g, x, target: (
-        unsqueeze(g, -1)
-        * (_softmax(x, -1) - cast(equal(unsqueeze(target, -1), arange(x.shape[-1])), x.dtype))
-    ),
-    target=None,
-)
+def _cross_entropy_rule(g, x, target):
+    return unsqueeze(g, -1) * (_softmax(x, -1) - cast(one_hot(target, x.shape[-1]), x.dtype))
+
+
+@reducer(flops=6, x=_cross_entropy_rule, target=None)
 def cross_entropy_rows(x, target):
     """(…, C) logits and (…) integers → (…): ln Σⱼ e^xⱼ − x_target, the loss of each row."""
     top = x.max(axis=-1, keepdims=True)
-    picked = np.take_along_axis(x, target[..., None], -1)[..., 0]
-    return np.log(np.exp(x - top).sum(axis=-1)) + top[..., 0] - picked
+    x = x - top  # the difference first: large logits keep their digits
+    return np.log(np.exp(x).sum(axis=-1)) - np.take_along_axis(x, target[..., None], -1)[..., 0]
 
 
 def _standardize_rule(g, x, out, dims, eps):
@@ -508,7 +515,7 @@ def _standardize_rule(g, x, out, dims, eps):
     return scale * (g - mean(g, dims, True) - out * mean(g * out, dims, True))
 
 
-@primitive(batch="trailing", flops=8, x=_standardize_rule)
+@reducer(flops=8, x=_standardize_rule)
 def _standardize(x, dims, eps):
     x = x - x.mean(axis=dims, keepdims=True)
     x /= np.sqrt(np.square(x).mean(axis=dims, keepdims=True) + eps)
@@ -524,7 +531,7 @@ def standardize(x, dim, eps=1e-5):
     return _standardize(x, axes(x, dim), eps)
 
 
-@primitive(batch="trailing", flops=1, x=lambda g, dim: flip(cumsum(flip(g, dim), dim), dim))
+@reducer(x=lambda g, dim: flip(cumsum(flip(g, dim), dim), dim))
 def _cumsum(x, dim):
     return np.cumsum(x, axis=dim)
 
@@ -557,7 +564,7 @@ def matmul(x, y):
     if builtins.min(x.ndim, y.ndim) == 0:
         raise ShapeError(f"matmul: shapes {x.shape} and {y.shape}: needs at least one axis each")
     if x.ndim > 2 and y.ndim == 2:  # one large product instead of a batch of small ones
-        return reshape(matmul(reshape(x, (-1, x.shape[-1])), y), (*x.shape[:-1], y.shape[-1]))
+        return reshape(matmul(_rows(x), y), (*x.shape[:-1], y.shape[-1]))
     if x.ndim == 1:
         return squeeze(matmul(unsqueeze(x, 0), y), -1 if y.ndim == 1 else -2)
     if y.ndim == 1:
@@ -566,7 +573,7 @@ def matmul(x, y):
 
 
 def _rows(x):
-    return reshape(x, (-1, x.shape[-1]))
+    return reshape(x, (int(np.prod(x.shape[:-1])), x.shape[-1]))
 
 
 @primitive(
@@ -576,9 +583,9 @@ def _rows(x):
     b=lambda g: sum(_rows(g), 0),
 )
 def _linear(x, w, b):
-    out = x.reshape(-1, x.shape[-1]) @ w.T
+    out = x.reshape(np.prod(x.shape[:-1], dtype=int), x.shape[-1]) @ w.T
     out += b
-    return out.reshape(*x.shape[:-1], -1)
+    return out.reshape(*x.shape[:-1], len(w))
 
 
 def linear(x, weight, bias=None):
@@ -702,12 +709,15 @@ def squeeze(x, dim=None):
 
 def unsqueeze(x, dim):
     """With an axis of size 1 put in at dim."""
+    if not -x.ndim - 1 <= dim <= x.ndim:
+        raise ShapeError(f"unsqueeze: dim {dim} of a tensor of shape {x.shape}")
     dim = dim % (x.ndim + 1)
     return _reshape(x, (*x.shape[:dim], 1, *x.shape[dim:]))
 
 
 def flatten(x, start_dim=0):
-    return reshape(x, (*x.shape[:start_dim], -1))
+    """All axes from start_dim on as one."""
+    return reshape(x, (*x.shape[:start_dim], int(np.prod(x.shape[start_dim:]))))
 
 
 def _cat_rule(g, i, dim, node):
@@ -727,9 +737,10 @@ def _cat(*arrays_and_dim):
 
 def cat(tensors, dim=0):
     """Joined along an axis."""
-    tensors = [as_tensor(t) for t in tensors]
-    common = np.result_type(*[t.dtype for t in tensors])
-    return apply(_cat, [cast(t, common) for t in tensors], (axis(tensors[0], dim),))
+    if not len(tensors):
+        raise ShapeError("cat: no tensors given")
+    tensors = match_dtypes(tensors)
+    return apply(_cat, tensors, (axis(tensors[0], dim),))
 
 
 def stack(tensors, dim=0):
@@ -739,17 +750,20 @@ def stack(tensors, dim=0):
 
 def narrow(x, dim, start, length):
     """x[start : start + length] along dim."""
+    if not 0 <= start <= start + length <= x.shape[axis(x, dim)]:
+        raise ShapeError(f"narrow: {start} to {start + length} of dim {dim}, shape {x.shape}")
     return x[(..., slice(start, start + length), *[slice(None)] * (-1 - axis(x, dim)))]
 
 
 def split(x, size, dim=0):
     """Pieces of `size` along dim (the last may be smaller), or of the given list of sizes."""
     n = x.shape[axis(x, dim)]
-    sizes = [size] * (n // size) + [n % size] * (n % size > 0) if isinstance(size, int) else size
-    if builtins.sum(sizes) != n:
-        raise ShapeError(f"split: sizes {tuple(sizes)} do not add up to dim {dim} of {x.shape}")
-    starts = np.cumsum([0, *sizes[:-1]])
-    return [narrow(x, dim, int(s), length) for s, length in zip(starts, sizes, strict=True)]
+    if isinstance(size, int):
+        size = [builtins.min(size, n - i) for i in range(0, n, builtins.max(size, 1))] or [0]
+    if builtins.sum(size) != n:
+        raise ShapeError(f"split: sizes {tuple(size)} do not add up to dim {dim} of {x.shape}")
+    starts = np.cumsum([0, *size[:-1]])
+    return [narrow(x, dim, int(s), length) for s, length in zip(starts, size, strict=True)]
 
 
 def chunk(x, chunks, dim=0):
@@ -781,20 +795,27 @@ def pad(x, pads, value=0.0):
     return _pad(x, tuple(reversed(pairs)), value)
 
 
+def _below(x, diagonal):
+    """The mask of the lower triangle of the last two axes."""
+    if x.ndim < 2:
+        raise ShapeError(f"tril, triu: needs two axes, the shape is {x.shape}")
+    return np.tri(*x.shape[-2:], diagonal, dtype=bool)
+
+
 def tril(x, diagonal=0):
     """The lower triangle of the last two axes, zeros above."""
-    return where(np.tri(*x.shape[-2:], diagonal, dtype=bool), x, 0.0)
+    return where(_below(x, diagonal), x, 0.0)
 
 
 def triu(x, diagonal=0):
     """The upper triangle of the last two axes, zeros below."""
-    return where(np.tri(*x.shape[-2:], diagonal - 1, dtype=bool), 0.0, x)
+    return where(_below(x, diagonal - 1), 0.0, x)
 
 
 # ── Indexing ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@primitive(view=True, x=lambda g, key, shape: _put(g, key, shape))
+@primitive(x=lambda g, key, shape: _put(g, key, shape))
 def _index(x, key):
     return x[key]
 
@@ -839,11 +860,20 @@ def _put(x, key, to):
 
 def getitem(x, key):
     """x[key] with numpy's indexing: integers, slices, None, …, integer and boolean arrays."""
+    if isinstance(key, Tensor) and key.hidden and key.dtype == np.int64:
+        return _own_rows(x, key)
     key = _plain_key(key)
     parts = key if isinstance(key, tuple) else (key,)
     if any(isinstance(k, (list, np.ndarray)) for k in parts):
         return _index(x, key)
     return _slice(x, _full(parts, x.ndim))
+
+
+def _own_rows(x, index):
+    """x[index] where every example of vmap has its own index."""
+    column = reshape(index, (index.numel(),) + (1,) * (x.ndim - 1))
+    rows = gather(x, 0, expand(column, (index.numel(), *x.shape[1:])))
+    return reshape(rows, index.shape + x.shape[1:])
 
 
 def _full(parts, rank):
@@ -855,8 +885,10 @@ def _full(parts, rank):
     return (*parts[:spot], *[slice(None)] * (rank - given), *parts[spot + 1 :])
 
 
-def _grid(index, dim):
-    """The indices that name, for every place of `index`, the entry it points to along dim."""
+def _grid(x, index, dim):
+    """The indices that name, for every place of `index`, the entry of x it points to along dim."""
+    if index.ndim != x.ndim:
+        raise ValueError("the index needs as many axes as the tensor")
     grid = list(np.ogrid[tuple(slice(n) for n in index.shape)])
     grid[dim] = index
     return tuple(grid)
@@ -868,7 +900,7 @@ def _grid(index, dim):
     index=None,
 )
 def _gather(x, index, dim):
-    return x[_grid(index, dim)]
+    return x[_grid(x, index, dim)]
 
 
 def gather(x, dim, index):
@@ -879,7 +911,7 @@ def gather(x, dim, index):
 @primitive(flops=1, x=lambda g: g, index=None, source=lambda g, index, dim: _gather(g, index, dim))
 def _scatter_add(x, index, source, dim):
     out = x.copy()
-    np.add.at(out, _grid(index, dim), source[tuple(slice(n) for n in index.shape)])
+    np.add.at(out, _grid(x, index, dim), source)
     return out
 
 
@@ -895,24 +927,24 @@ def scatter_add(x, dim, index, source):
 )
 def _scatter(x, index, source, dim):
     out = x.copy()
-    out[_grid(index, dim)] = source
+    out[_grid(x, index, dim)] = source
     return out
 
 
 def scatter(x, dim, index, source):
     """A copy of x with source[i, j] written at [index[i, j], j] for dim 0; index names no place
     twice (then the winner is not defined, as in torch)."""
-    return _scatter(
-        x,
-        index,
-        source if isinstance(source, Tensor) else ones(index.shape, dtype=x.dtype) * source,
-        axis(x, dim),
-    )
+    if not isinstance(source, Tensor):
+        source = ones(index.shape, dtype=x.dtype) * source
+    return _scatter(x, index, source, axis(x, dim))
 
 
 @primitive(batch="trailing", x=None)
 def _argsort(x, dim, descending):
-    return np.argsort(-x if descending else x, axis=dim, kind="stable")
+    if descending:  # not of −x: that has no meaning for booleans and would put NaN last
+        order = np.argsort(np.flip(x, dim), axis=dim, kind="stable")
+        return np.flip(x.shape[dim] - 1 - order, dim)
+    return np.argsort(x, axis=dim, kind="stable")
 
 
 def argsort(x, dim=-1, descending=False):
@@ -948,10 +980,10 @@ def _window_slices(kernel, stride, sizes):
 
 
 def _window_sizes(space, kernel, stride):
-    sizes = tuple((n - k) // s + 1 for n, k, s in zip(space, kernel, stride, strict=True))
-    if builtins.min(sizes) < 1:
-        raise ShapeError(f"windows: kernel {kernel} does not fit into {tuple(space)}")
-    return sizes
+    axes = list(zip(space, kernel, stride, strict=True))
+    if any(s < 1 or k > n for n, k, s in axes):
+        raise ShapeError(f"windows: kernel {kernel}, stride {stride} do not fit {tuple(space)}")
+    return tuple((n - k) // s + 1 for n, k, s in axes)
 
 
 @primitive(x=lambda g, kernel, stride, shape: fold(g, kernel, stride, shape[2:]))
@@ -1061,27 +1093,35 @@ def _pick(x, index, kernel, stride):
     return out
 
 
-def _pool_sizes(x, kernel, stride):
-    n = x.ndim - 2
-    return _tuple(kernel, n), _tuple(kernel if stride is None else stride, n)
-
-
-def max_pool(x, kernel, stride=None):
-    """Largest element of each window of (N, C, *L); the first of equals takes the gradient."""
-    return _max_pool(x, *_pool_sizes(x, kernel, stride))
-
-
-max_pool1d = max_pool2d = max_pool
-
-
-def avg_pool(x, kernel, stride=None):
-    """Mean of each window of (N, C, *L)."""
-    kernel, stride = _pool_sizes(x, kernel, stride)
+def _mean_pool(x, kernel, stride):
     windows = unfold(x, kernel, stride)
     return transpose(mean(windows, tuple(range(1, 1 + len(kernel)))), 0, 1)
 
 
-avg_pool1d = avg_pool2d = avg_pool
+def _pool(pool, n, x, kernel, stride):
+    if x.ndim != n + 2:
+        raise ShapeError(f"pooling over {n} axes needs (N, C, *L), not shape {x.shape}")
+    return pool(x, _tuple(kernel, n), _tuple(kernel if stride is None else stride, n))
+
+
+def max_pool1d(x, kernel, stride=None):
+    """Largest element of each window of (N, C, L); the first of equals takes the gradient."""
+    return _pool(_max_pool, 1, x, kernel, stride)
+
+
+def max_pool2d(x, kernel, stride=None):
+    """Largest element of each window of (N, C, H, W); the first of equals takes the gradient."""
+    return _pool(_max_pool, 2, x, kernel, stride)
+
+
+def avg_pool1d(x, kernel, stride=None):
+    """Mean of each window of (N, C, L)."""
+    return _pool(_mean_pool, 1, x, kernel, stride)
+
+
+def avg_pool2d(x, kernel, stride=None):
+    """Mean of each window of (N, C, H, W)."""
+    return _pool(_mean_pool, 2, x, kernel, stride)
 
 
 # ── Methods ───────────────────────────────────────────────────────────────────────────────────────
@@ -1095,11 +1135,6 @@ def dropout(x, p=0.5, training=True):
         return x
     keep = (random.random(x.shape, dtype=np.float32) >= p).astype(x.dtype)
     return x * _new(keep / x.dtype.type(1 - p))
-
-
-def clone(x):
-    """A copy with its own memory and the same history."""
-    return add(x, 0.0) if x.dtype in FLOATS else Tensor(x)
 
 
 def _swap(op):

@@ -67,10 +67,18 @@ class TrainConfig:
     dtype: str = option("auto", "number format", ("auto", "float32", "float64"))
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            choices, value = field.metadata["choices"], getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name} {value!r} is none of {', '.join(choices)}")
         for name in ("steps", "batch_size", "lr", "seq_len"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be more than 0, not {value}")
+            if name != "lr" and isinstance(value, float):
+                raise ValueError(f"{name} must be a whole number, not {value}")
+        if not self.out:
+            raise ValueError("out must name a directory")
         if not (0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1 and self.seed >= 0):
             raise ValueError("needs weight_decay ≥ 0, 0 ≤ dropout < 1 and seed ≥ 0")
 
@@ -190,6 +198,8 @@ class NetTask:
         return {n: np.asarray(v) for n, v in state.items() if not n.startswith("group")}
 
     def load_optimizer(self, state):
+        if len(state) != len(self.optimizer.parameters()) * (1 + len(self.optimizer.slots)):
+            raise ValueError(f"{len(state)} arrays of optimizer state, some are missing")
         self.optimizer.load_state_dict(state)
 
     def count(self):
@@ -318,7 +328,9 @@ def restore(run, task):
         task.load_optimizer(parts["optimizer"])
         pg.random.bit_generator.state = json.loads(metadata["rng"])
         step = int(metadata["step"])
-    except (KeyError, ValueError) as error:
+        if step < 0:
+            raise ValueError(f"step {step}")
+    except (KeyError, ValueError, TypeError, IndexError) as error:
         raise UserError(f"{run.checkpoint} does not fit this run: {error}") from None
     run.history(before=step)
     return step
@@ -348,7 +360,10 @@ def train(config, resume=False):
     else:
         config = config.complete()
         model = TASKS[config.model].describe(config)
-        task, done = TASKS[config.model](config, model), 0
+        try:
+            task, done = TASKS[config.model](config, model), 0
+        except ValueError as error:  # a net that cannot be built for this data
+            raise UserError(str(error)) from None
         run.start()
         run.save_config({"train": asdict(config), "model": asdict(model)})
     config = task.config
@@ -356,7 +371,7 @@ def train(config, resume=False):
     every = max(1, config.steps // 10)
     begin = busy = time.perf_counter()
     score = None
-    with ctrl_c() as stopped:
+    with ctrl_c() as stopped, np.errstate(all="ignore"):  # a loss that overflows is found below
         while done < config.steps and not stopped():
             loss = task.step(done)
             if not math.isfinite(loss):

@@ -47,7 +47,7 @@ def _fresh(x):
 def _settle(result, fresh):
     """The result without its tape, if that leads nowhere but to our own fresh inputs."""
     if result.node is None:
-        return result
+        return result.detach() if any(result is x for x in fresh) else result
     nodes = reachable([result.node])
     leaves = {e for n in nodes for e in n.edges if isinstance(e, Tensor)}
     return result.detach() if leaves <= set(fresh) else result
@@ -92,6 +92,8 @@ def vjp(f, *primals):
         out = f(*inputs)
 
     def pullback(u):
+        if not out.requires_grad:
+            return tuple(zeros_like(x) for x in inputs)
         found = grads(out, inputs, u, retain_graph=True, create_graph=Modes.grad_enabled)
         return tuple(_settle(g, inputs) for g in found)
 
@@ -104,6 +106,11 @@ def jvp(f, primals, tangents):
     u ↦ uᵀJ is linear in u, so its own derivative in the direction v is J·v, whatever u is
     (Townsend, "A new trick for calculating Jacobian vector products", 2017).
     """
+    if [np.shape(x) for x in primals] != [np.shape(v) for v in tangents]:
+        raise ShapeError(
+            f"jvp: primals {[np.shape(x) for x in primals]}, "
+            f"tangents {[np.shape(v) for v in tangents]}"
+        )
     with enable_grad():
         inputs = [_fresh(x) for x in primals]
         out = f(*inputs)
@@ -116,8 +123,8 @@ def jvp(f, primals, tangents):
 
 
 def hvp(f, x, v):
-    """H·v with H = ∂²f/∂x², f: x → number, without ever holding H: the gradient of ∂f/∂x·v."""
-    return grad(lambda y: pg.sum(grad(f)(y) * v))(x)
+    """H·v with H = ∂²f/∂x², f: x → number, without ever holding H: vᵀ·∂(∂f/∂x)/∂x."""
+    return vjp(grad(f), x)[1](v)[0]
 
 
 def jacobian(f, argnums=0):
@@ -128,7 +135,7 @@ def jacobian(f, argnums=0):
         with enable_grad():
             args, (x,) = _freshened(args, argnums)
             out = f(*args)
-            if not out.requires_grad:
+            if not (out.requires_grad and out.numel()):
                 return pg.zeros(out.shape + x.shape, dtype=x.dtype)
             rows = []
             for one in np.eye(out.numel(), dtype=out.dtype):
@@ -150,6 +157,7 @@ def hessian(f, argnums=0):
 
 @primitive(
     batch="raw",
+    view=True,
     x=lambda g, dim, sizes: _leave(g, dim, sizes, g.hidden, len(sizes) - 1),
 )
 def _enter(x, dim, hidden, sizes, level):
@@ -161,7 +169,9 @@ def _enter(x, dim, hidden, sizes, level):
 
 
 @primitive(
-    batch="raw", x=lambda g, dim, outside, sizes: _enter(g, dim, g.hidden, sizes, outside + 1)
+    batch="raw",
+    view=True,
+    x=lambda g, dim, outside, sizes: _enter(g, dim, g.hidden, sizes, outside + 1),
 )
 def _leave(x, dim, sizes, hidden, outside):
     """Show hidden axis number `outside` + 1 again at dim; a tensor that lacks some is repeated."""
@@ -189,7 +199,7 @@ def vmap(f, in_dims=0, out_dims=0):
             out = f(*[_hide(a, d) for a, d in zip(args, dims, strict=True)])
             return (
                 tuple(_show(o, out_dims) for o in out)
-                if isinstance(out, tuple)
+                if isinstance(out, (tuple, list))
                 else (_show(out, out_dims))
             )
 
@@ -214,11 +224,13 @@ def _show(x, dim):
 class Segment(Node):
     """A function call on the tape that keeps its arguments instead of its steps."""
 
-    __slots__ = ("args", "f", "state")
+    __slots__ = ("args", "f", "state", "versions")
 
     def __init__(self, f, args, state, edges):
         self.f, self.state, self.edges, self.seq = f, state, edges, next(Node.counter)
-        self.args = [(a, a.version[0] if isinstance(a, Tensor) else 0) for a in args]
+        self.args = args
+        watched = [x for x in (*args, *edges) if isinstance(x, Tensor)]
+        self.versions = [(x, x.version[0]) for x in watched]
         self.op, self.saved, self.out, self.hiddens, self.shapes = _segment, (), None, None, ()
         self.where = ""
 
@@ -226,17 +238,17 @@ class Segment(Node):
         """Run the function again, recording, and walk back through that as far as our edges."""
         if self.f is None:
             raise GraphError("backward through a checkpoint a second time: pass retain_graph=True")
-        for x, version in self.args:
-            if isinstance(x, Tensor) and x.version[0] != version:
-                self.complain("an argument", x.shape, x.version)
+        for x, version in self.versions:
+            if x.version[0] != version:
+                self.complain("an argument or a weight", x.shape, x.version)
         with _rewound(self.state), enable_grad():
-            out = self.f(*[x for x, _ in self.args])
+            out = self.f(*self.args)
         targets = {e for e in self.edges if wanted is None or e in wanted}
         create_graph = Modes.grad_enabled
         return run_backward([out], [g], targets, None, create_graph, beyond=False).items()
 
     def free(self):
-        self.f = self.args = None
+        self.f = self.args = self.versions = None
 
 
 @primitive(x=lambda g: g)

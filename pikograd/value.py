@@ -39,6 +39,8 @@ class Value:
             raise TypeError(
                 f"** needs a constant int or float exponent, not {type(power).__name__}"
             )
+        if self.data < 0 and power % 1:
+            raise ValueError(f"{self.data} ** {power} is not a real number")
         slope = power * self.data ** (power - 1) if power != 0 else 0.0
         return Value(self.data**power, (self,), (slope,), f"**{power}")
 

@@ -89,6 +89,14 @@ def test_idx_folders(tmp_path, zipped):
     (tmp_path / f"t10k-images-idx3-ubyte{zipped}").write_bytes(b"\0\0\x08\x03\0\0")
     with pytest.raises(UserError, match="damaged"):
         data.load_images(tmp_path)
+    damaged = bytearray(gzip.compress(bytes(range(256)) * 40))
+    damaged[20:40] = b"\xff" * 20  # not only cut short: zlib complains in its own words
+    (tmp_path / f"t10k-images-idx3-ubyte{zipped}").write_bytes(damaged)
+    with pytest.raises(UserError, match="damaged"):
+        data.load_images(tmp_path)
+    write_idx(tmp_path / f"t10k-images-idx3-ubyte{zipped}", np.zeros((20, 0, 10), np.uint8))
+    with pytest.raises(UserError, match=r"\(20, 0, 10\)"):
+        data.load_images(tmp_path)
     with pytest.raises(UserError, match="four MNIST idx files"):
         data.load_images(tmp_path / "nowhere")
 
@@ -301,6 +309,8 @@ BAD = {
     "no such weights": (["--eval", "--weights", "/nowhere"], "/nowhere"),
     "no such picture": (["--classify", "/nowhere.pgm"], "/nowhere.pgm"),
     "strange prompt": (["--sample", "--model", "gpt", "--prompt", "Ω"], "Ω"),
+    "empty out": (["--train", "--out="], "out"),
+    "seed of a sample": (["--sample", "--seed", "-1"], "seed"),
     "temperature": (["--sample", "--model", "gpt", "--temperature", "0"], "temperature"),
 }  # fmt: skip
 
@@ -315,6 +325,13 @@ def test_bad_input_is_one_line_and_exit_2(name):
     assert "Traceback" not in result.stderr
 
 
+def tiny_images(folder):
+    for part in ("train", "t10k"):
+        write_idx(folder / f"{part}-images-idx3-ubyte", np.zeros((8, 2, 2), np.uint8))
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(8, dtype=np.uint8))
+    return folder
+
+
 def test_bad_files_are_one_line_and_exit_2(tmp_path):
     (tmp_path / "short.txt").write_text("abc", encoding="utf-8")
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xff" * 2000)
@@ -324,6 +341,7 @@ def test_bad_files_are_one_line_and_exit_2(tmp_path):
     for args, word in (
         (["--train", "--model", "gpt", "--data", tmp_path / "short.txt"], "3 characters"),
         (["--train", "--model", "gpt", "--data", tmp_path / "latin.txt"], "UTF-8"),
+        (["--train", "--data", tiny_images(tmp_path)], "(2, 2) is too small"),
         (["--classify", tmp_path / "big.npy"], "(28, 28)"),
         (["--classify", tmp_path / "nan.npy"], "NaN"),
         (["--classify", tmp_path / "pickle.npy"], "pickle.npy"),
@@ -357,6 +375,52 @@ def test_damaged_weights_are_refused(tmp_path, damage):
     result = command("--eval", "--weights", home)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("damage", [
+    lambda arrays, meta: meta.update(rng="[1]"),
+    lambda arrays, meta: meta.update(step="-5"),
+    lambda arrays, meta: arrays.update({"optimizer.group9.lr": np.zeros(1)}),
+    lambda arrays, meta: arrays.pop("optimizer.0.mean"),
+])  # fmt: skip
+def test_checkpoints_that_do_not_fit_are_refused(tmp_path, damage):
+    c = config(tmp_path, "mlp", steps=1)
+    train.train(c)
+    file = tmp_path / "checkpoint.safetensors"
+    arrays, metadata = run.load_tensors(file)
+    damage(arrays, metadata)
+    run.save_tensors(file, arrays, metadata)
+    with pytest.raises(UserError, match="does not fit this run"):
+        train.train(c, resume=True)
+
+
+@pytest.mark.parametrize("field", ["model", "batch_size", "dtype"])
+def test_configs_that_make_no_sense_are_refused(tmp_path, field):
+    shutil.copytree(HERE / "pretrained" / "mlp", tmp_path / "run")
+    settings = run.read_json(tmp_path / "run" / "config.json")
+    settings["train"][field] = {"model": "rnn", "batch_size": 0.5, "dtype": "float16"}[field]
+    run.write_json(tmp_path / "run" / "config.json", settings)
+    with pytest.raises(UserError, match=field):
+        train.load_run(tmp_path / "run")
+
+
+def test_junk_in_the_log_is_dropped_and_a_write_that_fails_is_named(tmp_path):
+    home = run.RunDirectory(tmp_path)
+    home.log_file.write_bytes(b'{"step": 1}\n[]\n{"a": 1}\n\xff\n{"step": 5}\n{"st')
+    assert home.history(before=3) == [{"step": 1}] == home.history()
+    with pytest.raises(UserError, match=r"gone.x\.json cannot be written"):
+        run.write_json(tmp_path / "gone" / "x.json", {})
+
+
+def test_what_follows_training_is_about_that_run(tmp_path):
+    done = command("--train", "--eval", "--model", "mlp", "--steps", 1, "--out", tmp_path / "x")
+    assert json.loads(done.stdout.splitlines()[-1])["weights"] == str(tmp_path / "x")
+
+
+@pytest.mark.parametrize("temperature", ["1e-300", "inf"])
+def test_extreme_temperatures(temperature):
+    said = command("--sample", "--model", "gpt", "--temperature", temperature)
+    assert said.returncode == 0 and len(said.stdout) > 250
 
 
 def test_safetensors_round_trip_with_the_reference(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import nn
 import tensor as pg
 from engine import Modes, Node, reachable
 from tensor import AnomalyError, GraphError, ShapeError, Tensor
@@ -68,6 +69,25 @@ def test_every_kind_of_view_shares_its_version(view):
         base.zero_()
     with pytest.raises(GraphError, match="`zero_` changed in place"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("copy", [lambda x: x.mT.reshape(6), lambda x: x[:, np.array([0, 1])]])
+def test_a_copy_has_its_own_version(copy):
+    """numpy's own copies have a base too: that alone does not make them views."""
+    x = Tensor(np.ones((2, 3)), requires_grad=True).clone()
+    y = x.square()
+    with pg.no_grad():
+        copy(x).zero_()
+    y.sum().backward()
+    assert x.tolist() == np.ones((2, 3)).tolist()
+
+
+def test_change_of_dtype_between_forward_and_backward_is_seen():
+    layer = nn.Linear(2, 2)
+    y = layer(pg.ones(1, 2, requires_grad=True)).sum()
+    layer.to(np.float64)
+    with pytest.raises(GraphError, match=r"`Module\.to` changed in place"):
+        y.backward()
 
 
 def test_change_of_what_nobody_saved_is_fine():
@@ -151,6 +171,15 @@ def test_anomaly_in_the_backward_names_the_forward_and_its_line():
     (lambda: pg.ones(2, 3).sum(2), ["dim 2", "(2, 3)"]),
     (lambda: pg.ones(2, 3).permute(0, 0), ["permute", "(2, 3)"]),
     (lambda: pg.ones(2, 3).expand(4, 3), ["expand", "(2, 3)"]),
+    (lambda: pg.ones(3).expand(-1, 3), ["expand", "(1, 3)"]),
+    (lambda: pg.ones(2, 3).sum((0, -2)), ["dim (0, -2)", "(2, 3)"]),
+    (lambda: Tensor(1.0).softmax(0), ["dim 0", "()"]),
+    (lambda: pg.ones(3).unsqueeze(2), ["unsqueeze", "dim 2", "(3,)"]),
+    (lambda: pg.ones(3).narrow(0, 2, 2), ["narrow", "2 to 4", "(3,)"]),
+    (lambda: pg.ones(3, 4).gather(1, Tensor([0])), ["gather", "(3, 4)", "(1,)", "as many axes"]),
+    (lambda: pg.tril(pg.ones(3)), ["tril", "(3,)"]),
+    (lambda: pg.max_pool2d(pg.ones(3, 4, 4), 2), ["pooling", "2 axes", "(3, 4, 4)"]),
+    (lambda: pg.cat([]), ["cat", "no tensors"]),
     (lambda: pg.cat([pg.ones(2, 3), pg.ones(3, 2)]), ["cat", "(2, 3)", "(3, 2)"]),
     (lambda: pg.ones(2, 3)[5], ["slice", "(2, 3)"]),
     (lambda: pg.ones(2, 3)[0, 0, 0], ["3 indices", "2 axes"]),
@@ -161,6 +190,8 @@ def test_anomaly_in_the_backward_names_the_forward_and_its_line():
     (lambda: pg.conv2d(pg.ones(1, 3, 8, 8), pg.ones(4, 2, 3, 3)), ["conv2d", "(1, 3, 8, 8)"]),
     (lambda: pg.conv2d(pg.ones(1, 2, 2, 2), pg.ones(4, 2, 3, 3)), ["kernel (3, 3)", "(2, 2)"]),
     (lambda: pg.max_pool2d(pg.ones(1, 1, 2, 2), 3), ["kernel (3, 3)", "(2, 2)"]),
+    (lambda: pg.max_pool2d(pg.ones(1, 1, 2, 2), 1, 0), ["stride (0, 0)"]),
+    (lambda: pg.scatter_add(pg.ones(3), 0, Tensor([0]), pg.ones(2)), ["scatter_add", "(2,)"]),
     (lambda: pg.einsum("ij,jk->ik", pg.ones(2, 3), pg.ones(4, 5)), ["'j' is both 3 and 4"]),
     (lambda: pg.einsum("ij,j->i", pg.ones(2, 3)), ["2 terms for 1"]),
     (lambda: pg.einsum("ii->i", pg.ones(3, 3)), ["'ii'", "(3, 3)"]),
@@ -187,6 +218,16 @@ def test_gradients_into_integers_and_odd_dtypes_are_refused():
         lambda: Tensor([1.0]).to(np.float16),
     ):
         with pytest.raises((TypeError, ValueError), match=r"dtype|floating point"):
+            make()
+
+
+def test_values_that_an_operation_cannot_hold_are_refused():
+    for make, words in (
+        (lambda: Tensor([1]).add_(0.5), "add_: float64 values into a tensor of int64"),
+        (lambda: pg.where(Tensor([1, 0]), 1.0, 0.0), "mask holds int64"),
+        (lambda: pg.one_hot(Tensor([0, 3]), 3), r"outside \[0, 3\)"),
+    ):
+        with pytest.raises((TypeError, IndexError), match=words):
             make()
 
 
@@ -268,6 +309,10 @@ def test_grad_memory_is_the_leafs_own():
     z.backward(seed)
     z.grad.mul_(5.0)
     assert seed.item() == 1.0
+    x, y = leaf(1.0), leaf(2.0)
+    (x + y).backward(create_graph=True)
+    x.grad.mul_(10.0)
+    assert y.grad.item() == 1.0
 
 
 def test_gradients_accumulate_and_stop_at_detach():
@@ -338,6 +383,9 @@ def test_construction_and_conversion():
     assert x.dtype == np.float64 and x.tolist() == [1.0, 1.0, 1.0]  # a copy
     assert Tensor([1.0]).dtype == np.float32 and Tensor([1]).dtype == np.int64
     assert Tensor(np.ones(2, np.int32)).dtype == np.int64 and Tensor(x).dtype == np.float64
+    assert np.asarray(x).dtype == np.float64 and Tensor([Tensor(1.0), Tensor(2.0)]).shape == (2,)
+    assert pg.arange(3).dtype == np.int64 and pg.arange(0, 1, 0.5).tolist() == [0.0, 0.5]
+    assert pg.arange(0, 1, 0.5).dtype == np.float32
     assert (x.float().dtype, x.long().dtype) == (np.float32, np.int64)
     assert (int(Tensor(3)), float(Tensor(2.5)), bool(Tensor(0.0)), len(x)) == (3, 2.5, False, 3)
     assert [v.item() for v in x] == [1.0, 1.0, 1.0] and x.numel() == 3

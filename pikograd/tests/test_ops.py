@@ -115,6 +115,8 @@ EDGES = {
     "abs at 0": (lambda F, x: F.abs(x), [-1.0, 0.0, 2.0]),
     "clamp on the borders": (lambda F, x: F.clamp(x, -1.0, 1.0), [-1.0, 1.0, 0.5, 2.0]),
     "maximum of equals": (lambda F, x: F.maximum(x, x * 1.0), [1.0, 2.0]),
+    "maximum of NaN": (lambda F, x: F.maximum(x, x * 2), [np.nan, 2.0]),
+    "std of equals": (lambda F, x: F.std(x.reshape(2, 2), dim=1), [3.0, 3.0, 1.0, 2.0]),
     "amax of equals": (lambda F, x: F.amax(x, dim=0), [3.0, 1.0, 3.0]),
     "max of equals": (lambda F, x: F.max(x), [3.0, 1.0, 3.0]),
     "max dim of equals": (lambda F, x: F.max(x, dim=0)[0], [1.0, 3.0, 3.0]),
@@ -129,6 +131,9 @@ EDGES = {
     "softplus far out": (lambda F, x: F.softplus(x), [-800.0, -15.0, 15.0]),
     "logsumexp far out": (lambda F, x: F.logsumexp(x, dim=0), [900.0, -900.0, 899.0]),
     "softmax of −inf": (lambda F, x: F.softmax(x, dim=0), [-np.inf, 1.0, 2.0]),
+    "NaN is the largest": (lambda F, x: F.sort(x, dim=0, descending=True)[0], [1.0, np.nan, 2.0]),
+    "sort down of equals": (lambda F, x: F.sort(x, dim=0, descending=True)[0]
+                            * F.tensor(np.array([1.0, 2, 3, 4])), [1.0, 2.0, 1.0, 2.0]),
     "stable sort": (lambda F, x: F.sort(x, dim=0)[0] * F.tensor(np.array([1.0, 2, 3])),
                     [2.0, 1.0, 1.0]),
 }  # fmt: skip
@@ -144,6 +149,34 @@ def test_edges_as_torch(name):
     y.sum().backward()
     s.sum().backward()
     assert_close(x.grad, t.grad)
+
+
+EMPTY = {
+    "linear": (lambda F, x, w: F.linear(x, w, w.sum(1)), (0, 3)),
+    "linear of nothing": (lambda F, x, w: F.linear(x, w, w.sum(1)), (4, 0)),
+    "matmul": (lambda F, x, w: x @ w.mT, (2, 0, 3)),
+    "matmul of nothing": (lambda F, x, w: x @ w.mT, (2, 4, 0)),
+    "flatten": (lambda F, x, w: (x[:, None] * w).flatten(1), (0, 3)),
+    "split": (lambda F, x, w: F.split(x, 2, 0)[0] * w[0], (0, 3)),
+    "chunk": (lambda F, x, w: F.chunk(x, 2, 1)[0] + F.sum(w), (2, 0)),
+    "conv1d": (lambda F, x, w: F.conv1d(x[:, :, None], w[..., None]), (0, 3)),
+    "softmax": (lambda F, x, w: F.softmax(x, 1) * w.sum(), (2, 0)),
+    "logsumexp": (lambda F, x, w: F.logsumexp(x, 0) + w.sum(), (0, 3)),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_empty_batches_and_axes_as_torch(name):
+    f, shape = EMPTY[name]
+    arrays = np.zeros(shape), np.ones((5, shape[-1]))
+    ours = [pg.Tensor(a, requires_grad=True) for a in arrays]
+    theirs = [torch.tensor(a, requires_grad=True) for a in arrays]
+    y, t = f(F, *ours), f(T, *theirs)
+    assert_close(y, t)
+    y.sum().backward()
+    t.sum().backward()
+    for a, b in zip(ours, theirs, strict=True):
+        assert_close(a.grad, b.grad)
 
 
 def test_masking_an_infinite_gradient_gives_zero_not_nan():
@@ -164,7 +197,9 @@ def test_dtypes_promote_as_torch():
     assert (f32 * f64).dtype == np.float64
     assert (i64 * f32).dtype == np.float32
     assert (i64 / 2).dtype == np.float32 and (i64 / 4).tolist() == [0.5]
-    assert (i64 * 2).dtype == np.int64
+    assert (i64 * 2).dtype == np.int64 and (pg.Tensor([True]) * 2).tolist() == [2]
+    assert i64.clamp(max=1).dtype == np.int64 and i64.clamp(2.5).tolist() == [2.5]
+    assert pg.cat([i64, f32]).dtype == np.float32 and i64.softmax(0).dtype == np.float32
     assert (i64 * 2.5).tolist() == [5.0]
     x = pg.Tensor([1.0], requires_grad=True)
     (x * f64).sum().backward()
@@ -190,6 +225,7 @@ def test_topk_sort_indices_and_smallest():
     assert values.tolist() == [[1.0, 2.0]] and index.tolist() == [[1, 2]]
     assert x.sort(descending=True)[1].tolist() == [[0, 2, 1]]
     assert x.max(1)[1].tolist() == [0] and x.min(1)[1].tolist() == [1]
+    assert pg.Tensor([3.0, 1.0]).argsort().tolist() == [1, 0]
 
 
 def test_one_hot_split_sizes_and_arange():

@@ -8,7 +8,7 @@ import torch
 
 import optim
 import tensor as pg
-from tensor import Tensor
+from tensor import ShapeError, Tensor
 
 ADVERSE = {"lr": 0.05, "eps": 1e-2, "weight_decay": 0.1}
 CASES = {
@@ -124,6 +124,8 @@ def test_state_dict_goes_on_exactly():
         np.testing.assert_array_equal(x, y)
     with pytest.raises(KeyError, match="does not belong to SGD"):
         optim.SGD(p, lr=0.1).load_state_dict(first.state_dict())
+    with pytest.raises(ShapeError, match=r"'0.mean' has shape \(2,\)"):
+        second.load_state_dict({"0.mean": np.ones(2)})
 
 
 def test_gradients_are_left_alone():
@@ -170,6 +172,7 @@ def test_schedules_equal_torch():
     expected = lrs(lambda o: S.CosineAnnealingLR(o, 20, eta_min=0.03))
     assert [0.3 * optim.warmup_cosine(t, 0, 20, 0.1) for t in range(20)] == pytest.approx(expected)
     assert [optim.warmup_cosine(t, 4, 20) for t in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert [optim.one_cycle(t, 2, rise=0.5) for t in (0, 1)] == pytest.approx([1.0, 4e-6])
     assert optim.warmup_cosine(99, 4, 20, 0.1) == pytest.approx(0.1)
 
 
@@ -188,6 +191,7 @@ def test_refusals():
         (lambda: optim.SGD([], lr=0.1), "no parameters"),
         (lambda: optim.SGD([Tensor([1.0])], lr=0.1), "requires gradients"),
         (lambda: optim.SGD([x * 2.0], lr=0.1), "leaf"),
+        (lambda: optim.SGD([x, x], lr=0.1), "given twice"),
         (lambda: optim.SGD([x], lr=-1), "lr must be"),
         (lambda: optim.SGD([x], lr=float("nan")), "lr must be"),
         (lambda: optim.SGD([x], nesterov=True), "nesterov needs momentum"),

@@ -4,7 +4,9 @@ import ast
 import contextlib
 import hashlib
 import io
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,31 @@ def test_gradient_costs_in_the_text():
         found[model] = f"{backward / forward:.2f} × ({model})"
     for words in found.values():
         assert words in TEXT
+
+
+def test_results_are_those_of_the_runs():
+    """assets/results.json is written by `--figures` from three runs a task and the last bench."""
+    found = json.loads((HERE / "assets" / "results.json").read_text(encoding="utf-8"))
+    texts = []
+    for task in ("cnn", "mlp", "moons", "mnist"):
+        scores = [100 * x for x in found[task]["accuracy"]]
+        texts.append(f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f} % (3 seeds)")
+    nats = found["gpt"]["loss"]
+    texts.append(f"{statistics.mean(nats):.3f} ± {statistics.stdev(nats):.3f} (3 seeds)")
+    bench, rows = found["bench"], found["bench"]["rows"]
+    for name, unit, digits, more in (
+        ("mlp step, batch 128", "ms", 2, f": {bench['mlp_vs_torch']:.2f} × its speed"),
+        ("cnn step, batch 64", "ms", 1, f": {bench['cnn_vs_torch']:.2f} ×"),
+        ("tape overhead per operation", "µs", 1, f": {bench['overhead_vs_torch']:.2f} ×"),
+        ("moons step, Value", "ms", 0, f": {bench['scalar_vs_micrograd']:.1f} × as fast"),
+    ):
+        ours, theirs = (f"{value:,.{digits}f} {unit}" for value in rows[name])
+        texts += [f"| {ours} | ", f" {theirs}{more} |"]
+    texts.append(f"{rows['moons step, tensors'][0]:.2f} ms | micrograd's algorithm")
+    texts.append(f"{bench['tensor_vs_micrograd']:,.0f} × as fast")
+    texts.append(f"{bench['gemm_gflops']:.0f} GFLOP/s")
+    missing = [text for text in texts if text not in TEXT]
+    assert not missing
 
 
 def test_promise_in_the_log_lines():

@@ -126,6 +126,18 @@ def test_gradients_flow_through_grad_into_captured_weights():
         assert not grad(lambda x: (x @ w).sum())(X).requires_grad
 
 
+def test_functions_that_use_nothing_and_products_that_do_not_fit():
+    ones = Tensor(np.ones(2))
+    assert vjp(lambda x: ones, X)[1](ones)[0].tolist() == np.zeros((2, 3)).tolist()
+    assert not vjp(lambda x: x, X)[0].requires_grad
+    np.testing.assert_array_equal(vjp(lambda x: x * 2.0, X)[1](V)[0].numpy(), 2 * V)  # numpy too
+    for tangents in ((V,), (V, V[0])):
+        with pytest.raises(ShapeError, match=r"jvp: primals \[\(2, 3\), \(2, 3\)\], tangents"):
+            jvp(lambda x, y: x * y, (X, X), tangents)
+    with pytest.raises(ShapeError, match=r"gradient \(3,\) for a tensor of shape \(2, 3\)"):
+        hvp(lambda x: (x**3).sum(), X, V[0])
+
+
 def test_grad_needs_a_number():
     with pytest.raises(ShapeError, match=r"one number, not \(2, 3\)"):
         grad(lambda x: x * 2.0)(X)
@@ -204,7 +216,46 @@ def test_vmap_of_hessian_and_jvp():
           tf.vmap(lambda x, v: tf.jvp(torch.tanh, (x,), (v,))[1])(tx, tv))  # fmt: skip
 
 
+def test_vmap_without_a_tape():
+    with pg.no_grad():
+        assert vmap(grad(lambda x: x.sum()))(X).tolist() == np.ones((2, 3)).tolist()
+
+
+def test_vmap_of_indices_targets_and_copies():
+    """Every example has its own rows of a table, its own ignored targets, its own copy."""
+    index, table = np.array([[0, 2], [2, 2]]), Tensor(W)
+    assert_close(vmap(lambda i: table[i])(index), Tensor(W[index]))
+    assert_close(vmap(lambda x, i: x[i])(X, np.array([2, 0])), Tensor(X[[0, 1], [2, 0]]))
+    target = np.array([[1, -100], [0, 2]])
+    logits = RNG.standard_normal((2, 2, 3))
+    losses = [nn.cross_entropy(Tensor(x), t) for x, t in zip(logits, target, strict=True)]
+    assert_close(vmap(nn.cross_entropy)(logits, target), pg.stack(losses))
+    single = vmap(nn.cross_entropy)(X, np.array([1, 2]))  # (C,) logits and one target each
+    assert_close(single, nn.cross_entropy(Tensor(X), [1, 2], reduction="none"))
+    assert vmap(lambda i: [i.clone(), Tensor(i)])(index)[1].tolist() == index.tolist()
+
+
+def test_vmap_shares_versions():
+    x = Tensor(X, requires_grad=True) * 1.0
+    y = vmap(pg.square)(x)
+    with pg.no_grad():
+        x.zero_()
+    with pytest.raises(GraphError, match="`zero_` changed in place"):
+        y.sum().backward()
+
+
 def test_vmap_refuses_what_it_would_get_wrong():
+    mask = X > 0
+    for f, words in (
+        (lambda x: x.clone().zero_(), "zero_ inside vmap"),
+        (lambda x: x.clone().__setitem__(0, 1.0), "inside vmap"),
+        (lambda x: W[Tensor(0)] * vmap(lambda m: x[m])(mask), "mapped index"),
+        (lambda x: x.sum().item(), "each of vmap's examples"),
+        (lambda x: x.sum().softmax(0), r"dim 0 of a tensor of shape \(\)"),
+        (lambda x: nn.BatchNorm(3)(x[None]), "training inside vmap"),
+    ):
+        with pytest.raises((GraphError, ShapeError), match=words):
+            vmap(f)(X)
     w = Tensor(W, requires_grad=True)
     with pytest.raises(GraphError, match="in_dims=None"):
         vmap(lambda x: grad(lambda v: (x @ v).sum())(w))(X)
@@ -265,6 +316,12 @@ def test_checkpoint_without_gradients_and_its_faults():
     with pg.no_grad():
         y.zero_()
     with pytest.raises(GraphError, match="`zero_` changed in place an argument"):
+        z.backward()
+    w = Tensor(X, requires_grad=True)
+    z = checkpoint(lambda a: a * w, x).sum()
+    with pg.no_grad():
+        w.add_(1.0)  # f would run again with another weight
+    with pytest.raises(GraphError, match="`add_` changed in place an argument or a weight"):
         z.backward()
     z = checkpoint(pg.exp, x).sum()
     z.backward()

@@ -109,4 +109,6 @@ def test_kinks_and_refusals():
     assert zero.grad == 0.0 and math.isnan(nan.relu().data)
     with pytest.raises(TypeError, match="constant int or float exponent"):
         Value(2.0) ** Value(3.0)
+    with pytest.raises(ValueError, match=r"-8\.0 \*\* 0\.5 is not a real number"):
+        Value(-8.0) ** 0.5
     assert repr(Value(2.0)) == "Value(data=2.0, grad=0.0)"

@@ -13,7 +13,6 @@ Key: D d_model, H heads, C d_head, R rows.
 """
 
 import json
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -291,7 +290,7 @@ def read_meta(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{folder} has {len(files)} consolidated.*.pth files, one is supported")
     try:
         weights = torch.load(files[0], map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError) as error:
+    except Exception as error:  # a damaged pickle makes torch raise all kinds, IndexError too
         raise UserError(f"{files[0]} is damaged or holds more than tensors: {error}") from None
     if not (isinstance(weights, dict) and all(map(torch.is_tensor, weights.values()))):
         raise UserError(f"{files[0]} holds something else than named tensors")

@@ -171,6 +171,13 @@ def test_vmap_of_every_operation_equals_a_loop(case):
             assert_close(a[i], b, 1e-10)
 
 
+@pytest.mark.parametrize("case", BATCHED, ids=lambda c: c.name)
+def test_vmap_over_a_single_example(case):
+    arrays = case.arrays(0)
+    found = vmap(lambda *x: case.f(F, *x))(*[a[None] for a in arrays])
+    assert_close(found[0], case.f(F, *map(Tensor, arrays)), 1e-12)
+
+
 def test_vmap_axes_in_and_out():
     f = vmap(lambda x, y: x * y.sum(), in_dims=(1, None), out_dims=1)
     assert_close(f(X, V), torch.vmap(lambda x, y: x * y.sum(), (1, None), 1)(tx, tv))

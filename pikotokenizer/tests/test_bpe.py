@@ -22,8 +22,9 @@ def test_incremental_trainer_equals_the_naive_one_on_1000_random_corpora():
             word = "".join(chr(rng.randrange(len(letters))) for _ in range(rng.randint(1, 12)))
             words[word] = rng.randint(1, 4)
         floor = rng.choice([1, 1, 2, 5])
-        fast = train_merges(words, list(letters), 40, floor)
-        assert fast == train_naive(words, list(letters), 40, floor), words
+        size = rng.choice([5, 8, 12, 40])  # reached, or more than there is to merge
+        fast = train_merges(words, list(letters), size, floor)
+        assert fast == train_naive(words, list(letters), size, floor), words
 
 
 def test_worked_example():
@@ -263,3 +264,30 @@ def test_byte_fallback_needs_all_256_bytes():
     del vocab["<0x00>"]
     part = BPE(vocab, [], Pipeline(), byte_level=False, byte_fallback=True, unk="<unk>")
     assert full.encode("aé") == [1, 2 + 0xC3, 2 + 0xA9] and part.encode("aé") == [1, 0]
+
+
+def test_merges_decide_even_where_the_whole_word_is_a_piece():
+    """No merge makes the piece abc: a text becomes it only with whole_first (ignore_merges)."""
+    from base import Pipeline
+
+    vocab = {piece: i for i, piece in enumerate(["a", "b", "c", "bc", "abc"])}
+    plain, whole = (
+        BPE(vocab, [("b", "c")], Pipeline(), byte_level=False, whole_first=first)
+        for first in (False, True)
+    )
+    assert plain.encode("abc") == [0, 3] and whole.encode("abc") == [4]
+
+
+def test_a_suffix_marks_the_last_character_as_in_tokenizers():
+    """CLIP's </w>: here "ab" ends in b</w>, and "a" alone is a</w>."""
+    library = pytest.importorskip("tokenizers")
+    from base import Pipeline
+
+    vocab = {p: i for i, p in enumerate(["a", "b", "a</w>", "b</w>", "ab</w>", "ba", "bab</w>"])}
+    merges = [("a", "b</w>"), ("b", "a"), ("b", "ab</w>")]
+    ours = BPE(vocab, merges, Pipeline(), byte_level=False, suffix="</w>")
+    model = library.models.BPE(vocab=vocab, merges=merges, end_of_word_suffix="</w>")
+    other = library.Tokenizer(model)
+    for word in ("a", "b", "ab", "ba", "bab", "baba", "abba", "bbab"):
+        assert ours.encode(word) == other.encode(word).ids, word
+    assert ours.encode("ab") == [4]

@@ -156,14 +156,17 @@ def residual(outcomes: dict[str, list[dict]]) -> Path:
 
 
 def collect() -> dict:
-    """Put what the README quotes of the experiments that are there into results.json."""
+    """Put what the README quotes of the experiments that are there into results.json.
+
+    The JSON line of --eval and of --export --int8 is taken from runs/akamaster.json and int8.json.
+    """
     file = ASSETS / "results.json"
     results = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     for name in ("seeds", "residual", "ablation"):
         if (RUNS / name / "table.json").exists():
             table = json.loads((RUNS / name / "table.json").read_text(encoding="utf-8"))
             results[name] = results.get(name, {}) | table
-    for name in ("bench", "akamaster", "int8"):  # what these verbs print in the end
+    for name in ("bench", "akamaster", "int8"):
         if (RUNS / f"{name}.json").exists():
             line = json.loads((RUNS / f"{name}.json").read_text(encoding="utf-8"))
             results[name] = {k: v for k, v in line.items() if k not in ("weights", "data")}

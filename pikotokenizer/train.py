@@ -16,6 +16,7 @@ from pathlib import Path
 import run
 from base import Tokenizer
 from bpe import BPE
+from characters import chars_to_bytes
 from data import load_texts, split_lines
 from run import UserError, option, say
 from tokenizer import load, save
@@ -60,6 +61,8 @@ class Watcher:
             text = f"EM step {step:3d}   {first:6,} pieces   {second:.4f} nats a character"
         else:
             line = {"id": first, "piece": second, "count": count}
+            if self.config.algorithm == "bpe" and self.config.pattern != "metaspace":
+                second = chars_to_bytes(second)
             text = f"merge {step:6,}   id {first:6,}   {count:8,} times   {second!r}"
         if count is None or step & (step - 1) == 0:  # merges 1, 2, 4, 8 …
             say(text)

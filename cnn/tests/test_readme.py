@@ -99,12 +99,27 @@ def measured() -> list[str]:
     for line in log("valid"):
         if line["step"] in (100, 400):
             texts.append(f"step {line['step']:5d}  valid {report.percent(line['accuracy'])}")
+    for line in log("train"):
+        if line["step"] in (1, 100):
+            texts.append(
+                f"step {line['step']:5d}  loss {line['loss']:.4f}  lr {line['lr']:.1e}  "
+                f"{line['pictures_per_second']:,} pictures/s"
+            )
+    end = log("test")[0]
+    texts.append(f"trains for {end['seconds']:.0f} s on two cores")
+    texts.append(f"{end['train_seconds']:.0f} s of them steps")
     texts.append(f"on track: {report.percent(log('test')[0]['accuracy'])} of the test part")
     texts.append(f"{100 * RESULTS['akamaster']['accuracy']:.1f} % of the first 1,000")
     int8 = RESULTS["int8"]
     texts.append(f"{100 * int8['int8_accuracy']:.2f} % in eight bits")
     texts.append(f"{int8['bytes'] / int8['int8_bytes']:.1f} times smaller")
+    texts.append(f"changes logits by {int8['fold_error']:.0e} in float64")
     bench = RESULTS["bench"]
+    ours, plain = (
+        ", ".join(f"{one[who]:.0f}" for one in bench["seconds_to_goal"])
+        for who in ("ours", "plain")
+    )
+    texts.append(f"3 seeds: {ours} s against {plain} s")
     texts += [f"{bench[key]:.2f} ×" for key in (
         "train_vs_torch", "time_to_accuracy_vs_torch", "scratch_conv_vs_torch")]  # fmt: skip
     fractions = ("train_gemm_fraction", "scratch_conv_gemm_fraction")

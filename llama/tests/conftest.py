@@ -1,4 +1,4 @@
-"""What the tests share: the folder on the path, fixed seeds, small sizes, an in-process command.
+"""What the tests share: the folder on the path, fixed seeds, small sizes, the harness' fixtures.
 
 One thread, so that a number is the same number in a subprocess and beside other work. The libraries
 of Hugging Face are kept off the network and out of the user's cache.
@@ -6,7 +6,6 @@ of Hugging Face are kept off the network and out of the user's cache.
 
 import atexit
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(FOLDER / "data"))
 sys.path.insert(0, str(FOLDER))
-CACHE = tempfile.TemporaryDirectory(prefix="llama-tests-")
+CACHE = tempfile.TemporaryDirectory(prefix="piko-tests-")
 atexit.register(CACHE.cleanup)
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -27,10 +26,16 @@ os.environ |= {
 }
 
 import pytest
-import torch
 
-import run
+pytest.register_assert_rewrite("harness")
+
+import torch
+from harness import command, every_step_is_logged, half, small_data, trained, whole, words
+
+import hardware
 from model import LlamaConfig
+
+__all__ = ["command", "every_step_is_logged", "half", "small_data", "trained", "whole", "words"]
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` starts us deaf to it
@@ -41,9 +46,19 @@ with contextlib.suppress(ImportError):  # tests that need it skip themselves
     hypothesis.settings.load_profile("piko")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: starts processes of its own")
+
+
 @pytest.fixture(autouse=True)
 def seeded():
-    run.seed_everything(0)
+    hardware.seed_everything(0)
+
+
+@pytest.fixture(scope="session")
+def stories(small_data) -> str:
+    """The text of the small data: a few of our stories, with the separators between them."""
+    return small_data.read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -52,82 +67,3 @@ def sizes():
     return LlamaConfig(
         vocab_size=97, seq_len=40, n_layer=2, n_head=4, n_kv_head=2, d_model=24, d_head=10, d_ff=36
     )
-
-
-SMALL = (
-    "--n-layer 1 --n-head 4 --n-kv-head 2 --d-model 32 --d-head 8 --d-ff 48 --seq-len 24 "
-    "--tokenizer bytes --batch-size 4 --steps 2 --dtype float32 --device cpu"
-).split()
-
-
-@pytest.fixture
-def small():
-    """The flags of a training run that takes a moment; later flags win."""
-    return SMALL
-
-
-@pytest.fixture(scope="session")
-def stories() -> str:
-    """The first 12 of our stories, with the separators between them."""
-    text = (FOLDER / "data" / "stories.txt").read_text(encoding="utf-8")
-    separator = "<|endoftext|>\n"
-    return separator.join(text.split(separator)[:12]) + separator
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory, stories) -> Path:
-    file = tmp_path_factory.mktemp("text") / "stories.txt"
-    file.write_text(stories, encoding="utf-8")
-    return file
-
-
-@dataclasses.dataclass
-class Outcome:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def complaint(self) -> str:
-        """The one line of a refused command; AssertionError if it was not refused just so."""
-        assert self.code == 2, self
-        assert self.out == "", self
-        lines = self.err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
-        return lines[0]
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """`command("--train", …)` is `python main.py --train …` without the seconds to import torch."""
-    import main
-
-    monkeypatch.setattr(run, "matmul_rate", lambda *_: 1e11)  # a clock is no matter of these tests
-    monkeypatch.setattr(main.figures, "training_curve", lambda run, folder: folder / "none.png")
-
-    def call(*words) -> Outcome:
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(str, words)])
-        capsys.readouterr()
-        code = 0
-        try:
-            run.command_line(main.main)
-        except SystemExit as stop:
-            code = stop.code
-        return Outcome(code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def trained(command, small, text_file, tmp_path):
-    """`trained("name", flags…)` trains the small model into tmp_path/name and returns that path."""
-
-    def call(name: str = "run", *flags) -> Path:
-        out = tmp_path / name
-        outcome = command("--train", *small, "--data", text_file, "--out", out, *flags)
-        assert outcome.code == 0, outcome.err
-        return out
-
-    return call

@@ -1,180 +1,16 @@
-"""The machinery: options, complaints, whole files, the run directory, random numbers."""
+"""Whole files, JSON that anybody may have written, and what a run directory does to others."""
 
-import argparse
-import dataclasses
-import json
-import random
+import errno
+import os
 import signal
+import threading
 
-import numpy as np
 import pytest
-import torch
+from harness import posix
 
 import run
-from run import Parser, RunDirectory, UserError, add_options, from_options, option, whole_file
-
-# ── Options ───────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Some settings.
-
-    Raises ValueError for n = 13.
-    """
-
-    n: int = option(3, "a number, 100 % needed")
-    rate: float = option(0.5, "a rate")
-    kind: str = option("a", "a kind", ("a", "b"))
-    fast: bool = option(False, "quicker")
-    limit: int | None = option(None, "none is no limit")
-    hidden: int = 7
-
-    def __post_init__(self):
-        if self.n == 13:
-            raise ValueError("n must not be 13")
-
-
-def parsed(*words: str) -> argparse.Namespace:
-    parser = Parser(allow_abbrev=False)
-    add_options(parser, Config)
-    return parser.parse_args(words)
-
-
-def test_options_come_from_the_fields():
-    words = ["--n", "5", "--rate", "1e-3", "--kind", "b", "--fast", "--limit", "9"]
-    assert from_options(Config(), parsed(*words)) == Config(5, 1e-3, "b", True, 9)
-
-
-def test_what_is_not_given_stays_as_it_is():
-    assert from_options(Config(n=8, rate=2.0), parsed("--rate", "4")) == Config(n=8, rate=4.0)
-
-
-def test_flag_can_be_taken_back():
-    assert from_options(Config(fast=True), parsed("--no-fast")).fast is False
-
-
-def test_field_without_help_is_no_option():
-    with pytest.raises(UserError, match="unrecognized arguments: --hidden"):
-        parsed("--hidden", "1")
-
-
-@pytest.mark.parametrize("words", [["--n", "x"], ["--kind", "c"], ["--limit", "x"], ["--m", "1"]])
-def test_bad_words_are_the_users_error(words):
-    with pytest.raises(UserError, match="lists the options"):
-        parsed(*words)
-
-
-def test_value_that_the_config_refuses_is_the_users_error():
-    with pytest.raises(UserError, match="n must not be 13"):
-        from_options(Config(), parsed("--n", "13"))
-
-
-def test_help_shows_texts_and_defaults(capsys):
-    with pytest.raises(SystemExit):
-        parsed("--help")
-    text = " ".join(capsys.readouterr().out.split())
-    assert "Some settings" in text
-    assert "a number, 100 % needed (default 3)" in text and "{a,b}" in text
-
-
-# ── Complaints ────────────────────────────────────────────────────────────────────────────────────
-
-
-def ended(main) -> int:
-    try:
-        run.command_line(main)
-    except SystemExit as stop:
-        return stop.code
-    return 0
-
-
-def raising(error):
-    def main():
-        raise error
-
-    return main
-
-
-def test_user_error_is_one_line_and_code_2(capsys):
-    assert ended(raising(UserError("first\n  second"))) == 2
-    assert capsys.readouterr() == ("", "error: first second\n")
-
-
-def test_ctrl_c_is_code_130(capsys):
-    assert ended(raising(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err == ""
-
-
-def test_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run.command_line(raising(ZeroDivisionError()))
-
-
-def test_only_the_first_rank_speaks(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    run.say("second")
-    monkeypatch.setenv("RANK", "0")
-    run.say("first")
-    assert capsys.readouterr() == ("", "first\n")
-
-
-# ── Hardware ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.choose_device("cpu") == (torch.device("cpu"), "as asked")
-    with pytest.raises(UserError, match="--device cuda"):
-        run.choose_device("cuda")
-
-
-def test_automatic_device_is_the_processor_where_there_is_nothing_else(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert run.choose_device("auto")[0] == torch.device("cpu")
-
-
-@pytest.mark.parametrize(("gain", "expected"), [(4.0, torch.bfloat16), (1.1, torch.float32)])
-def test_automatic_format_is_bfloat16_where_it_is_measured_to_be_faster(
-    monkeypatch, gain, expected
-):
-    rate = {torch.bfloat16: gain, torch.float32: 1.0}
-    monkeypatch.setattr(run, "matmul_rate", lambda device, dtype, n: rate[dtype])
-    dtype, why = run.choose_dtype("auto", torch.device("cpu"))
-    assert dtype == expected and f"{gain:.1f}" in why
-    assert run.choose_dtype("float32", torch.device("cpu")) == (torch.float32, "as asked")
-
-
-def test_measurement_throws_no_dice_of_the_run():
-    before = torch.get_rng_state()
-    assert run.matmul_rate(torch.device("cpu"), torch.float32, 16) > 0
-    assert torch.equal(before, torch.get_rng_state())
-
-
-# ── Random numbers ────────────────────────────────────────────────────────────────────────────────
-
-
-def throws() -> tuple:
-    return random.random(), np.random.rand(), torch.rand(()).item()
-
-
-def test_seed_decides_every_generator():
-    run.seed_everything(5)
-    first = throws()
-    assert all(a != b for a, b in zip(first, throws(), strict=True))
-    run.seed_everything(5)
-    assert throws() == first
-
-
-def test_generators_are_put_back_from_a_safe_file(tmp_path):
-    throws()
-    torch.save(run.rng_state(), tmp_path / "state.pt")
-    expected = throws()
-    run.seed_everything(99)
-    run.restore_rng(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert throws() == expected
-
+from options import UserError
+from run import RunDirectory, is_run, newest_run, place_to_export, read_json, whole_file
 
 # ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -202,6 +38,14 @@ def test_failure_before_anything_was_written_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_full_disk_is_the_users_error_and_leaves_nothing(tmp_path):
+    refused = pytest.raises(UserError, match="cannot write .*file: No space left")
+    with refused, whole_file(tmp_path / "file") as part:
+        part.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     """Else a power cut could leave an empty file under the right name."""
     order = []
@@ -213,95 +57,236 @@ def test_file_is_on_disk_before_it_takes_its_name(tmp_path, monkeypatch):
     assert order == ["fsync", "replace"]
 
 
-def test_log_and_history(tmp_path):
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[1]", b"7", b"null", b'"text"', b"\xff", b'{"a": 1} more', b"[" * 100_000,
+     b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000 + b"}", b"\xff\xfe{\x00}\x00"],
+    ids=lambda x: repr(x[:12]),
+)  # fmt: skip
+def test_json_that_is_no_object_is_the_users_error(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.json (is damaged or no JSON|holds no JSON object)"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_that_is_not_there(tmp_path):
+    assert read_json(tmp_path / "a.json", optional=True) == {}
+    for path in (tmp_path / "a.json", tmp_path):
+        with pytest.raises(UserError, match="is missing or no file"):
+            read_json(path)
+
+
+def test_json_of_any_size_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "LARGEST_JSON", 10)
+    (tmp_path / "a.json").write_text('{"a": 1}', encoding="utf-8")
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+    (tmp_path / "a.json").write_text('{"a": 123}' + " ", encoding="utf-8")
+    with pytest.raises(UserError, match="larger than 10 bytes"):
+        read_json(tmp_path / "a.json")
+
+
+def test_json_written_is_json_read(tmp_path):
+    run.write_json(tmp_path / "a.json", {"é": [1, 2.5, None], "path": tmp_path})
+    assert read_json(tmp_path / "a.json") == {"é": [1, 2.5, None], "path": str(tmp_path)}
+
+
+# ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+CONFIG = {"train": {"lr": 1.0}, "model": {"n": 1}}
+
+
+@pytest.fixture
+def it(tmp_path) -> RunDirectory:
+    """A run that has begun."""
     it = RunDirectory(tmp_path / "run")
-    it.start()
-    for step in (1, 2, 3):
-        it.log(step=step, loss=step / 2)
-    assert it.history() == [{"step": s, "loss": s / 2} for s in (1, 2, 3)]
+    it.create(CONFIG)
+    return it
 
 
-def test_history_before_a_step_forgets_the_later_lines(tmp_path):
-    it = RunDirectory(tmp_path / "run")
-    it.start()
-    for step in (1, 2, 3):
-        it.log(step=step)
-    assert it.history(before=2) == [{"step": 1}, {"step": 2}]
-    it.log(step=9)
-    assert [x["step"] for x in it.history()] == [1, 2, 9]
+def test_new_run_has_its_config_with_versions_and_an_empty_log(tmp_path):
+    it = RunDirectory(tmp_path / "deep" / "run")
+    it.create(CONFIG, lambda folder: (folder / "train.bin").write_bytes(b"123"))
+    config = read_json(it.config)
+    assert config["model"] == {"n": 1} and config["versions"].keys() >= {"python", "numpy", "torch"}
+    assert it.history() == [] and (it.path / "train.bin").read_bytes() == b"123"
+    assert is_run(it.path) and sorted(p.name for p in it.path.parent.iterdir()) == ["run"]
 
 
-def test_line_cut_short_is_dropped(tmp_path):
-    it = RunDirectory(tmp_path / "run")
-    it.start()
-    it.log(step=1)
-    with open(it.log_file, "a", encoding="utf-8") as file:
-        file.write('{"step": 2, "lo')
-    assert it.history() == [{"step": 1}]
-    it.history(before=1)
-    it.log(step=2)
-    assert it.history() == [{"step": 1}, {"step": 2}]
+def test_failure_while_a_run_begins_changes_nothing(it):
+    it.weights.write_bytes(b"old")
+
+    def fail(folder):
+        (folder / "train.bin").write_bytes(b"123")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        it.create(CONFIG, fail)
+    assert it.weights.read_bytes() == b"old"
+    assert sorted(p.name for p in it.path.parent.iterdir()) == ["run"]
 
 
-def test_start_forgets_the_run_before_and_torn_files(tmp_path):
-    it = RunDirectory(tmp_path)
-    old = [it.checkpoint, it.weights, tmp_path / ".checkpoint.pt.77.part"]
-    for file in old:
-        file.touch()
-    it.log_file.write_text('{"step": 1}\n', encoding="utf-8")
-    (tmp_path / "mine.txt").touch()
-    it.start()
-    assert not any(file.exists() for file in old)
-    assert it.history() == [] and (tmp_path / "mine.txt").exists()
+def test_former_run_moves_aside_and_the_one_before_it_goes(it):
+    for content in (b"1", b"2", b"3"):
+        it.weights.write_bytes(content)
+        it.create(CONFIG)
+    assert not it.weights.exists()
+    assert (it.previous / "model.safetensors").read_bytes() == b"3"
 
 
-def test_config_is_saved_with_versions(tmp_path):
-    it = RunDirectory(tmp_path)
-    it.save_config({"model": {"n": 1}})
-    config = json.loads(it.config.read_text(encoding="utf-8"))
-    assert config["model"] == {"n": 1}
-    assert config["versions"]["torch"] == torch.__version__
+def test_run_without_a_result_displaces_none(it):
+    it.weights.write_bytes(b"1")
+    it.create(CONFIG)  # which now has no result yet
+    it.create(CONFIG)
+    assert (it.previous / "model.safetensors").read_bytes() == b"1"
 
 
-def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.npz", "model.safetensors"])
+def test_what_makes_a_run_worth_keeping(it, name):
+    (it.path / name).touch()
+    it.create(CONFIG)
+    assert (it.previous / name).exists()
+
+
+def test_what_is_no_run_is_refused(it, tmp_path):
+    for name in ("mine", "run.previous"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="mine exists and is no run"):
+        RunDirectory(tmp_path / "mine").create(CONFIG)
+    with pytest.raises(UserError, match="run.previous exists and is no run"):
+        it.create(CONFIG)
+    os.rmdir(tmp_path / "run.previous")
+    (tmp_path / "run.previous").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="run.previous exists and is no run"):
+        it.create(CONFIG)
+
+
+@posix
+def test_link_that_leads_nowhere_is_something(tmp_path):
+    os.symlink(tmp_path / "gone", tmp_path / "run")
+    with pytest.raises(UserError, match="run exists and is no run"):
+        RunDirectory(tmp_path / "run").create(CONFIG)
+
+
+@posix
+def test_link_to_a_run_is_moved_and_the_run_behind_it_stays(it, tmp_path):
+    it.weights.write_bytes(b"1")
+    os.symlink(it.path, tmp_path / "link")
+    linked = RunDirectory(tmp_path / "link")
+    for _ in range(2):
+        linked.create(CONFIG)
+        linked.weights.write_bytes(b"2")
+        linked.create(CONFIG)
+    assert it.weights.read_bytes() == b"1"
+
+
+def test_name_of_a_run_may_not_be_empty():
+    for name in ("", "  "):
+        with pytest.raises(UserError, match="--out needs the name"):
+            RunDirectory(name)
+
+
+def test_one_writer_a_directory(it):
+    with it.writing():
+        refused = pytest.raises(UserError, match="another training writes to")
+        with refused, RunDirectory(it.path).writing():
+            pass
+        with RunDirectory(it.path.with_name("other")).writing():
+            pass
+    with it.writing():
+        pass
+
+
+def test_other_ranks_write_nothing(it, monkeypatch):
     monkeypatch.setenv("RANK", "1")
-    it = RunDirectory(tmp_path)
-    it.save_config({})
-    it.log(step=1)
-    it.save_weights({"a": torch.ones(2)})
-    it.save_checkpoint({"step": 1})
-    assert list(tmp_path.iterdir()) == []
+    other = RunDirectory(it.path)
+    before = {file.name: file.read_bytes() for file in it.path.iterdir()}
+    with it.writing(), other.writing():  # rank 0 holds the lock, the others do not ask for it
+        other.log(step=1)
+        other.truncate_log(0)
+    assert not other.writes
+    assert {file.name: file.read_bytes() for file in it.path.iterdir()} == before
 
 
-def test_weights_of_any_layout_are_saved(tmp_path):
-    import safetensors.torch
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(None, False), ("{}", False), ('{"model_type": "llama"}', False), ("[", False),
+     ('{"train": {}}', False), ('{"train": {}, "versions": {}}', True)],
+)  # fmt: skip
+def test_run_is_known_by_its_config(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="utf-8")
+    assert is_run(tmp_path) == expected
 
-    it, w = RunDirectory(tmp_path), torch.arange(6.0).view(2, 3)
-    it.save_weights({"turned": w.mT, "part": w[:, :2]})
-    got = safetensors.torch.load_file(it.weights)
-    assert torch.equal(got["turned"], w.mT) and torch.equal(got["part"], w[:, :2])
+
+# ── The log ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_checkpoint_comes_back_with_the_generators(tmp_path):
-    it = RunDirectory(tmp_path)
-    throws()
-    it.save_checkpoint({"step": 4})
-    expected = throws()
-    run.seed_everything(99)
-    assert it.load_checkpoint()["step"] == 4
-    assert throws() == expected
+def test_log_and_history(it):
+    for step in (1, 2, 3):
+        it.log(step=step, split="train", loss=step / 2)
+    expected = [{"step": s, "split": "train", "loss": s / 2} for s in (1, 2, 3)]
+    assert it.history() == expected
+    assert it.history() == it.history()  # reading changes nothing
+
+
+def steps(it: RunDirectory) -> list[int]:
+    return [line["step"] for line in it.history()]
+
+
+def test_log_is_cut_behind_a_step(it):
+    for step in (1, 2, 3):
+        it.log(step=step, split="train")
+    it.truncate_log(2)
+    assert steps(it) == [1, 2]
+    it.log(step=9, split="train")
+    assert steps(it) == [1, 2, 9]
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 2, "lo', '{"step": 2}', '{"step": 2, "split": 7}', '{"split": "train"}', "3"]
+)
+def test_line_that_is_none_is_passed_over_and_then_dropped(it, line):
+    it.log(step=1, split="train")
+    with open(it.log_file, "a", encoding="utf-8") as file:
+        file.write(line)
+    assert steps(it) == [1]
+    it.truncate_log(1)
+    it.log(step=2, split="train")
+    assert steps(it) == [1, 2]
+
+
+def test_log_that_cannot_be_written_is_the_users_error(it):
+    it.log_file.unlink()
+    it.log_file.mkdir()
+    with pytest.raises(UserError, match="cannot write .*log.jsonl"):
+        it.log(step=1)
+
+
+# ── Where things are ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_newest_run_is_the_one_whose_weights_are_newest(tmp_path):
-    import os
-
-    assert run.newest_run(tmp_path / "nowhere") is None
-    for name, when in (("a", 3000), ("b", 5000), ("c", 4000)):
+    assert newest_run(tmp_path / "nowhere") is None
+    for name, when in (("a", 3000), ("b", 5000), ("c", 4000), (".b.1.new", 9000)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
         os.utime(tmp_path / name / "model.safetensors", (when, when))
     (tmp_path / "d").mkdir()  # without weights
-    assert run.newest_run(tmp_path) == tmp_path / "b"
+    assert newest_run(tmp_path) == tmp_path / "b"
+    assert newest_run(tmp_path, "other.npz") is None
+
+
+def test_export_goes_to_a_new_or_empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / ".hidden").touch()
+    (tmp_path / "file").touch()
+    place_to_export(tmp_path / "new")
+    place_to_export(tmp_path / "empty")
+    for folder in (tmp_path / "full", tmp_path / "file", run.Path("")):
+        with pytest.raises(UserError, match="--export .*name a new folder"):
+            place_to_export(folder)
 
 
 # ── Stopping ──────────────────────────────────────────────────────────────────────────────────────
@@ -310,42 +295,27 @@ def test_newest_run_is_the_one_whose_weights_are_newest(tmp_path):
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_signal_is_noted_and_the_old_handler_comes_back(kind):
     before = signal.getsignal(kind)
-    with run.ctrl_c() as stopped:
+    with run.stop_signals() as stopped:
         assert not stopped()
         signal.raise_signal(kind)
         assert stopped()
     assert signal.getsignal(kind) == before
 
 
-def test_without_torchrun_there_is_one_rank():
-    with run.ranks(torch.device("cpu")) as (rank, world):
-        assert (rank, world) == (0, 1)
-    model = torch.nn.Linear(2, 2)
-    assert run.distribute(model, [], shard=False) is model
-    assert run.sum_over_ranks(torch.tensor(3.0)).item() == 3.0
+def test_other_threads_get_no_signals_and_need_none():
+    said = []
 
+    def work():
+        with run.stop_signals() as stopped:
+            said.append(stopped())
 
-def test_full_state_goes_around(tmp_path):
-    """Weights and moments, through a file, into a fresh model and optimizer."""
-    pairs = []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        model = torch.nn.Linear(3, 2)
-        pairs.append((model, torch.optim.AdamW(model.parameters(), lr=0.1)))
-    model, optimizer = pairs[0]
-    model(torch.ones(1, 3)).sum().backward()
-    optimizer.step()
-    torch.save(run.full_state(model, optimizer), tmp_path / "state.pt")
-    run.load_full_state(*pairs[1], torch.load(tmp_path / "state.pt", weights_only=True))
-    for model, optimizer in pairs:
-        optimizer.zero_grad()
-        model(torch.ones(1, 3)).square().sum().backward()
-        optimizer.step()
-    for a, b in zip(pairs[0][0].parameters(), pairs[1][0].parameters(), strict=True):
-        assert torch.equal(a, b)
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert said == [False]
 
 
 def test_machinery_knows_no_model():
-    with open(run.__file__, encoding="utf-8") as file:
-        text = file.read().lower()
-    assert not [word for word in ("llama", "token", "vocab", "attention") if word in text]
+    for name in ("run", "options", "hardware", "loop", "trainer"):
+        text = run.Path(run.__file__).with_name(f"{name}.py").read_text(encoding="utf-8").lower()
+        assert not [word for word in ("llama", "vocab", "attention") if word in text], name

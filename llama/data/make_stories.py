@@ -13,6 +13,7 @@ who came to help, and that the helper's skill fits the trouble (nobody dives int
     python make_stories.py          writes stories.txt and floor.json beside this file
 """
 
+import itertools
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SEPARATOR = "<|endoftext|>"  # on a line of its own between two stories
-N_STORY = 1_420
+N_STORY = 3_400
 SEED = 20
 
 HE, SHE = ("he", "him", "his"), ("she", "her", "her")
@@ -30,6 +31,10 @@ NAMES = {
     **dict.fromkeys(["Ada", "Bella", "Clara", "Dora", "Greta"], SHE),
     **dict.fromkeys(["Juno", "Lena", "Nora", "Olive", "Rosa"], SHE),
 }
+FRIENDS = [  # names of those who help, so that nobody is called like the hero
+    *["Basil", "Boris", "Cleo", "Edda", "Fern", "Gus", "Hazel", "Iris", "Jasper", "Kiki"],
+    *["Luna", "Mabel", "Ned", "Otto", "Poppy", "Quinn", "Sage", "Tilly", "Uma", "Zeno"],
+]
 KINDS = ["fox", "hare", "badger", "hedgehog", "rabbit", "goat", "bear", "lamb", "pony", "kitten"]
 TRAITS = [
     "cheerful",
@@ -112,13 +117,13 @@ TROUBLES = {  # what takes the thing away: (where it ends up, who can help, how)
         "places": ["the pond", "the stream", "the lake", "the mill pool"],
         "helpers": ["beaver", "duck", "frog", "otter", "swan"],
         "tried": [
-            "{He} reached with a long stick, but the water was too deep.",
-            "{He} put one foot in, but the water was too cold.",
+            "{He} reached into {place} with a long stick, but the water was too deep.",
+            "{He} put one foot into {place}, but the water was too cold.",
         ],
         "skill": ["dive to the bottom", "swim like a fish", "hold my breath for a long time"],
         "deed": [
             "dived into {place} and came up with the {thing}",
-            "swam in circles, took a deep breath, and brought back the {thing}",
+            "swam across {place}, took a deep breath, and brought back the {thing}",
         ],
     },
     "height": {
@@ -130,13 +135,13 @@ TROUBLES = {  # what takes the thing away: (where it ends up, who can help, how)
         "places": ["the oak tree", "the clock tower", "the chimney", "the barn roof"],
         "helpers": ["crow", "owl", "pigeon", "sparrow", "squirrel"],
         "tried": [
-            "{He} jumped as high as {he} could, but it was not high enough.",
-            "{He} threw a pebble at it, but the pebble missed.",
+            "{He} tried to climb {place}, but {he} slipped and slid down again.",
+            "{He} threw a pebble at {place}, but the pebble missed.",
         ],
         "skill": ["reach any branch", "get up there in no time", "see it from here"],
         "deed": [
             "went straight up {place} and came down with the {thing}",
-            "hopped from ledge to ledge and pushed the {thing} down",
+            "hopped up {place} from ledge to ledge and pushed the {thing} down",
         ],
     },
     "hole": {
@@ -145,16 +150,16 @@ TROUBLES = {  # what takes the thing away: (where it ends up, who can help, how)
             "was swallowed by {place}",
             "tumbled between two stones into {place}",
         ],
-        "places": ["a dark tunnel", "a deep hole", "a narrow crack", "the empty cellar"],
+        "places": ["the dark tunnel", "the deep hole", "the narrow crack", "the empty cellar"],
         "helpers": ["mole", "mouse", "shrew", "toad", "weasel"],
         "tried": [
-            "{He} pushed a paw inside, but the gap was too small.",
-            "{He} dug until dusk, but the earth was too hard.",
+            "{He} pushed a paw into {place}, but the gap was too small.",
+            "{He} dug at {place} until dusk, but the earth was too hard.",
         ],
         "skill": ["dig faster than anyone", "see in the dark", "fit through the smallest gap"],
         "deed": [
             "crept into {place} and pulled out the {thing}",
-            "vanished for a while and came back, dusty and proud, with the {thing}",
+            "vanished into {place} and came back, dusty and proud, with the {thing}",
         ],
     },
     "thief": {
@@ -166,8 +171,8 @@ TROUBLES = {  # what takes the thing away: (where it ends up, who can help, how)
         "places": ["the garden", "the orchard", "the windmill", "the ruined castle"],
         "helpers": ["cat", "dog", "donkey", "parrot", "turtle"],
         "tried": [
-            "{He} shouted and stamped, but the thief only laughed.",
-            "{He} ran after the thief, but the thief was faster.",
+            "{He} ran to {place} and shouted, but the thief only laughed.",
+            "{He} followed the thief to {place}, but the thief was faster.",
         ],
         "skill": ["talk to anybody", "make a fair trade", "tell a very good joke"],
         "deed": [
@@ -264,7 +269,7 @@ def losing(pick, say, name, he, thing):
     place = pick(trouble["places"])
     say(away.format(his=he[2], place=place) + ". ")
     if pick({True: 1, False: 1}):
-        say(pick(trouble["tried"]).format(He=he[0].capitalize(), he=he[0]) + " ")
+        say(pick(trouble["tried"]).format(He=he[0].capitalize(), he=he[0], place=place) + " ")
     if pick({True: 1, False: 1}):
         say(pick({name: 1, f"Poor {name}": 1, he[0].capitalize(): 1}) + " ")
         say(pick(FEELINGS) + ". ")
@@ -275,7 +280,7 @@ def helping(pick, say, name, he, thing, trouble, place):
     say(pick({"Just then ": 1, "After a while ": 1, "Soon ": 1}))
     kind = pick(trouble["helpers"])
     say(("an " if kind[0] in "aeiou" else "a ") + f"{kind} named ")
-    friend = pick([other for other in NAMES if other != name])
+    friend = pick(FRIENDS)
     say(f"{friend} ")
     say(
         pick(["came by", "heard the noise", "looked around the corner", "stopped to listen"]) + ". "
@@ -417,25 +422,22 @@ def main():
     text = "".join(f"{story}\n{SEPARATOR}\n" for story in stories)
     with open(HERE / "stories.txt", "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
-    held_out = held_out_stories(stories)
-    floor = {
-        "stories": len(held_out),
-        "chars": sum(map(len, held_out)),
-        "nats": -math.fsum(map(log_prob, held_out)),
-    }
-    floor["nats_per_char"] = floor["nats"] / floor["chars"]
+    floor = {"valid": floor_of(part(stories, 0.9, 0.95)), "test": floor_of(part(stories, 0.95, 1))}
     with open(HERE / "floor.json", "w", encoding="utf-8", newline="\n") as file:
         file.write(json.dumps(floor, indent=2) + "\n")
 
 
-def held_out_stories(stories: list[str]) -> list[str]:
-    """The last tenth by characters: those that begin beyond nine tenths of the text."""
-    border, done, held_out = int(0.9 * sum(map(len, stories))), 0, []
-    for text in stories:
-        if done >= border:
-            held_out.append(text)
-        done += len(text)
-    return held_out
+def part(stories: list[str], begin: float, end: float) -> list[str]:
+    """The stories that begin between these shares of all characters, as `data.Source` cuts them."""
+    begins = [0, *itertools.accumulate(map(len, stories))]
+    first, last = int(begin * begins[-1]), int(end * begins[-1])
+    return [text for at, text in zip(begins, stories, strict=False) if first <= at < last]
+
+
+def floor_of(stories: list[str]) -> dict:
+    """How much text that is, and its −log p in nats: in all and per character."""
+    n_char, nats = sum(map(len, stories)), -math.fsum(map(log_prob, stories))
+    return {"stories": len(stories), "chars": n_char, "nats": nats, "nats_per_char": nats / n_char}
 
 
 if __name__ == "__main__":

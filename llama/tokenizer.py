@@ -12,14 +12,15 @@ a text: `prefix` and `suffix` are what `encode` of a prompt puts around it, exac
 training. The folder `../pikotokenizer` builds such tokenizers from nothing; here they are tools.
 """
 
+import contextlib
 import io
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from run import UserError, whole_file, write_json
+from options import UserError
+from run import read_json, whole_file, write_json
 
 KINDS = ("sentencepiece", "bytes", "characters")
 BAD_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what decoding puts for half a character
@@ -30,7 +31,23 @@ OUR_SETTINGS = {  # the tokenizer_config.json of a tokenizer trained here
     "add_bos_token": True,
     "add_eos_token": False,
     "clean_up_tokenization_spaces": False,
+    "split_special_tokens": True,  # text that looks like a special token stays text
 }
+
+
+@contextlib.contextmanager
+def blaming(what: Path | str) -> Iterator[None]:
+    """UserError that names a file for whatever a library raises over it.
+
+    A damaged file shows itself late, some by the first text that needs the damaged part, and the
+    libraries raise all kinds of errors then. A panic of Rust code is not even an Exception.
+    """
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise UserError(f"{what} is damaged or does not fit its text: {error}") from None
 
 
 class Tokenizer:
@@ -63,13 +80,14 @@ class SentencePieceTokenizer(Tokenizer):
         self.model, self.settings = model, settings or {}
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self.vocab_size = self.processor.vocab_size()
+            self.processor.decode([[i] for i in range(self.vocab_size)])  # all must be UTF-8
+            bos, eos = self.processor.bos_id(), self.processor.eos_id()
+        except Exception:  # RuntimeError, UnicodeDecodeError, …
             raise UserError(
                 "tokenizer.model is damaged or no SentencePiece model (Llama 3 folders need "
                 "their tokenizer.json instead)"
             ) from None
-        self.vocab_size = self.processor.vocab_size()
-        bos, eos = self.processor.bos_id(), self.processor.eos_id()
         self.bos_id, self.eos_id = (bos if bos >= 0 else None), (eos if eos >= 0 else None)
         if self.settings.get("add_bos_token", True) and self.bos_id is not None:
             self.prefix = (self.bos_id,)
@@ -108,10 +126,12 @@ class SentencePieceTokenizer(Tokenizer):
         return cls(file.getvalue(), OUR_SETTINGS)
 
     def encode_text(self, text: str) -> list[int]:
-        return self.processor.encode(text)
+        with blaming("tokenizer.model"):
+            return self.processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        return self.processor.decode(ids)
+        with blaming("tokenizer.model"):
+            return self.processor.decode([i for i in ids if i < self.vocab_size])
 
     def save(self, folder: Path) -> None:
         with whole_file(folder / "tokenizer.model") as part:
@@ -173,14 +193,14 @@ class JsonTokenizer(Tokenizer):
                 f"reading {file} needs the library tokenizers: pip install tokenizers"
             ) from None
         self.file, self.settings = file, settings or {}
-        try:
+        refuse_broken_template(read_json(file).get("post_processor"), file)
+        with blaming(file):
             self.content = file.read_bytes()
             self.library = tokenizers.Tokenizer.from_str(self.content.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exceptions
-            raise UserError(f"{file} is damaged: {error}") from None
-        self.vocab_size = self.library.get_vocab_size()
-        self.bos_id, self.eos_id = self.special("bos_token"), self.special("eos_token")
-        self.prefix, self.suffix = self.around()
+            self.library.encode_special_tokens = self.settings.get("split_special_tokens") is True
+            self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
+            self.bos_id, self.eos_id = self.special("bos_token"), self.special("eos_token")
+            self.prefix, self.suffix = self.around()
 
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the post-processor puts before and after a text.
@@ -195,13 +215,15 @@ class JsonTokenizer(Tokenizer):
     def special(self, role: str) -> int | None:
         name = self.settings.get(role)
         name = name.get("content") if isinstance(name, dict) else name
-        return self.library.token_to_id(name) if name else None
+        return self.library.token_to_id(name) if isinstance(name, str) else None
 
     def encode_text(self, text: str) -> list[int]:
-        return self.library.encode(text, add_special_tokens=False).ids
+        with blaming(self.file):
+            return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.library.decode(ids, skip_special_tokens=True)
+        with blaming(self.file):
+            return self.library.decode(ids, skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
         with whole_file(folder / "tokenizer.json") as part:
@@ -209,17 +231,26 @@ class JsonTokenizer(Tokenizer):
         write_json(folder / "tokenizer_config.json", self.settings)
 
 
-def read_json(file: Path) -> dict:
-    """The object in a JSON file, {} if there is no such file. UserError if it is damaged."""
-    if not file.exists():
-        return {}
+def refuse_broken_template(processor, file: Path) -> None:
+    """UserError for a post-processor that names tokens it does not define.
+
+    The library would panic over it, which prints more than a line before we hear of it.
+    """
+    if not isinstance(processor, dict):
+        return
+    inner = processor.get("processors")
+    for one in inner if isinstance(inner, list) else []:
+        refuse_broken_template(one, file)
+    if processor.get("type") != "TemplateProcessing":
+        return
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{file} is damaged: no JSON object in it")
-    return value
+        parts = [*processor["single"], *processor["pair"]]
+        used = {part["SpecialToken"]["id"] for part in parts if "SpecialToken" in part}
+        missing = used - processor["special_tokens"].keys()
+    except (TypeError, KeyError, AttributeError):
+        return  # which the library refuses by itself
+    if missing:
+        raise UserError(f"{file} is damaged: its template names {min(missing, key=str)}")
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -228,12 +259,12 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     tokenizer.json comes first where both formats are there, as it does for AutoTokenizer, unless
     the library that reads it is missing.
     """
-    settings = read_json(folder / "tokenizer_config.json")
-    alphabet = read_json(folder / "alphabet.json")
+    settings = read_json(folder / "tokenizer_config.json", optional=True)
+    alphabet = read_json(folder / "alphabet.json", optional=True)
     if alphabet.get("kind") == "bytes":
         return ByteTokenizer()
     if alphabet:
-        return CharacterTokenizer(alphabet["alphabet"])
+        return CharacterTokenizer(checked_alphabet(alphabet.get("alphabet"), folder))
     spm, both = folder / "tokenizer.model", folder / "tokenizer.json"
     if both.exists():
         try:
@@ -244,6 +275,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if spm.exists():
         return SentencePieceTokenizer(spm.read_bytes(), settings)
     raise UserError(f"no tokenizer in {folder}: a tokenizer.model or tokenizer.json is needed")
+
+
+def checked_alphabet(alphabet, folder: Path) -> str:
+    """What stands in an alphabet.json, if it is text in which no letter comes twice."""
+    try:
+        if len(set(alphabet.encode("utf-8").decode("utf-8"))) == len(alphabet):
+            return alphabet
+    except (AttributeError, UnicodeError):  # no text; half a pair of surrogates
+        pass
+    raise UserError(f"{folder}/alphabet.json is damaged: its alphabet is no text of single letters")
 
 
 def train_tokenizer(kind: str, lines: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -279,94 +320,3 @@ class TextStream:
         """Decoded along with the piece before, since the first space of a text may be dropped."""
         before = self.tokenizer.decode(self.ids[self.start : self.end])
         return self.tokenizer.decode(self.ids[self.start :])[len(before) :]
-
-
-# the same tokenizers in the format of Hugging Face's `tokenizers`
-
-
-def merges_of(pieces: list[str]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE model, which stores only their results, best first.
-
-    SentencePiece joins the neighbours whose joint piece comes first in the vocabulary, so every way
-    to split a piece into two others is a merge, with the rank of the piece.
-    """
-    rank = {piece: i for i, piece in enumerate(pieces)}
-    merges = []
-    for piece in pieces:
-        splits = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        known = [(a, b) for a, b in splits if a in rank and b in rank]
-        merges += sorted(known, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
-    return merges
-
-
-def json_of(tokenizer: Tokenizer) -> dict:
-    """A tokenizer of KINDS as the content of a tokenizer.json that gives the same ids."""
-    bos, eos = {"<s>": tokenizer.bos_id}, {"</s>": tokenizer.eos_id}
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        pieces = [tokenizer.processor.id_to_piece(i) for i in range(tokenizer.vocab_size)]
-        vocab = {piece: i for i, piece in enumerate(pieces)}
-        merges = merges_of(pieces[4 + 256 :])  # after <unk>, <s>, </s>, the newline and the bytes
-        added, plain = {"<unk>": 0} | bos | eos, {"\n": 3}
-        model = {"type": "BPE", "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
-        model |= {"vocab": vocab, "merges": merges}
-        mark = "\N{LOWER ONE EIGHTH BLOCK}"
-        normalizer = {"type": "Replace", "pattern": {"String": " "}, "content": mark}
-        back = {"type": "Replace", "pattern": {"String": mark}, "content": " "}
-        decoder = {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}],
-        }
-        split = None
-    elif isinstance(tokenizer, ByteTokenizer):
-        added, plain, normalizer = bos | eos, {}, None
-        vocab = {character: byte for byte, character in enumerate(byte_characters())}
-        model = {"type": "BPE", "vocab": vocab, "merges": []}
-        split = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
-        split |= {"trim_offsets": False}
-        decoder = split
-    else:
-        added, plain, normalizer = {"<unk>": tokenizer.unknown} | bos | eos, {}, None
-        vocab = tokenizer.id_of | added
-        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"}
-        split = {"type": "Split", "pattern": {"Regex": "[\\s\\S]"}, "behavior": "Isolated"}
-        split |= {"invert": False}
-        decoder = {"type": "Fuse"}
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    known = added | plain
-    names = [{"id": i, "content": n, "special": n in added} | flags for n, i in known.items()]
-    first, text = (
-        {"SpecialToken": {"id": "<s>", "type_id": 0}},
-        {"Sequence": {"id": "A", "type_id": 0}},
-    )
-    template = [first, text]
-    around = {"<s>": {"id": "<s>", "ids": [tokenizer.bos_id], "tokens": ["<s>"]}}
-    processor = {"type": "TemplateProcessing", "single": template, "special_tokens": around}
-    pair = [*template, {"Sequence": {"id": "B", "type_id": 1}}]
-    return {
-        "version": "1.0",
-        "added_tokens": names,
-        "normalizer": normalizer,
-        "pre_tokenizer": split,
-        "post_processor": processor | {"pair": pair},
-        "decoder": decoder,
-        "model": model,
-    }
-
-
-def byte_characters() -> list[str]:
-    """The visible characters by which GPT-2's format writes the 256 bytes.
-
-    Bytes that print stand for themselves, the others for the characters from 256 on, in order.
-    """
-    prints = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    spare = iter(range(256, 512))
-    return [chr(byte if byte in prints else next(spare)) for byte in range(256)]
-
-
-def save_for_transformers(tokenizer: Tokenizer, folder: Path) -> None:
-    """Save so that AutoTokenizer gives the same ids; what came from there goes back as it was."""
-    tokenizer.save(folder)
-    made_here = isinstance(tokenizer, ByteTokenizer | CharacterTokenizer)
-    if made_here or getattr(tokenizer, "settings", {}) == OUR_SETTINGS:
-        write_json(folder / "tokenizer.json", json_of(tokenizer))
-        write_json(folder / "tokenizer_config.json", OUR_SETTINGS)

@@ -1,16 +1,23 @@
 """Weights in and out, held to `transformers` in both directions and to Meta's definition."""
 
-import json
+import io
+import pickle
 
 import pytest
 import safetensors.torch
+import sentencepiece
 import torch
+from harness import Bomb
 
 import checkpoint
-from checkpoint import HF_NAMES, META_NAMES, META_TOP, Loaded, half_split_rows, interleaved_rows
-from generate import Sampling, generate
-from model import Llama, LlamaConfig, RopeScaling, RotaryTable, rotate
-from run import UserError, write_json
+import huggingface
+import meta
+from checkpoint import Loaded
+from generate import SampleConfig, Sampling, generate, write
+from meta import half_split_rows, interleaved_rows
+from model import Llama, LlamaConfig, RopeScaling, RotaryTable, rotary_frequencies, rotate
+from options import UserError
+from run import read_json, write_json
 from tokenizer import ByteTokenizer, CharacterTokenizer, SentencePieceTokenizer
 
 VOCAB = 300
@@ -106,7 +113,7 @@ def test_old_style_config_gives_the_same_logits(transformers, tmp_path, scaled):
     """transformers 4 wrote rope_theta beside rope_scaling, transformers 5 joins the two."""
     theirs = hf_model(transformers, **({"rope_parameters": LLAMA3} if scaled else {}))
     save(theirs, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(tmp_path / "config.json")
     rope = config.pop("rope_parameters")  # the new style is what the tests above read
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if scaled else None
@@ -117,7 +124,7 @@ def test_old_style_config_gives_the_same_logits(transformers, tmp_path, scaled):
 def test_rope_scaling_called_type_instead_of_rope_type(transformers, tmp_path):
     theirs = hf_model(transformers, rope_parameters=LLAMA3)
     save(theirs, tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config = read_json(tmp_path / "config.json")
     config["rope_parameters"]["type"] = config["rope_parameters"].pop("rope_type")
     write_json(tmp_path / "config.json", config)
     assert checkpoint.load(tmp_path).model.config.rope_scaling == RopeScaling(4.0, 1.0, 4.0, 32)
@@ -132,10 +139,10 @@ def test_config_without_what_may_be_left_out(tmp_path):
         "intermediate_size": 4,
         "vocab_size": 9,
     }
-    sizes = checkpoint.hf_config(config, tmp_path)
-    assert sizes == LlamaConfig(
-        9, 2048, 1, 2, 2, 8, 4, 4, 10_000.0, norm_eps=1e-6, tie_embeddings=False
-    )
+    assert huggingface.our_config(config, tmp_path) == LlamaConfig(
+        vocab_size=9, seq_len=2048, n_layer=1, n_head=2, n_kv_head=2, d_model=8, d_head=4, d_ff=4,
+        rope_theta=10_000.0, norm_eps=1e-6, tie_embeddings=False,
+    )  # fmt: skip
 
 
 def test_sharded_weights_give_the_same_logits(transformers, tmp_path):
@@ -151,6 +158,38 @@ def test_bfloat16_weights_are_read_as_float32(transformers, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert ours.embedding.weight.dtype == torch.float32
     assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_give_the_same_logits(transformers, tmp_path, sharded):
+    """pytorch_model.bin, which many folders of the Hub have alone; in torch's old format too."""
+    theirs = hf_model(transformers, tie_word_embeddings=True)
+    save(theirs, tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    if sharded:
+        names = sorted(tensors)
+        halves = {
+            "pytorch_model-00001-of-00002.bin": names[:9],
+            "pytorch_model-00002-of-00002.bin": names[9:],
+        }
+        for file, half in halves.items():
+            torch.save({name: tensors[name] for name in half}, tmp_path / file)
+        shard_of = {name: file for file, half in halves.items() for name in half}
+        write_json(tmp_path / "pytorch_model.bin.index.json", {"weight_map": shard_of})
+        assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
+        return
+    for new_format in (True, False):
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(tensors, file, _use_new_zipfile_serialization=new_format)
+        assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
+
+
+def test_safetensors_come_before_pickles(transformers, tmp_path):
+    theirs = hf_model(transformers)
+    save(theirs, tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
 
 
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 500.0}, LLAMA3])
@@ -264,9 +303,7 @@ def test_imported_and_exported_again_is_the_same_model(transformers, tmp_path):
 def test_stop_ids_are_those_of_the_files(tmp_path, config, generation, expected):
     """generation_config.json has the last word, since chat models list their end of turn there."""
     exported(ByteTokenizer(), tmp_path)
-    values = json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) | {
-        "eos_token_id": config
-    }
+    values = read_json(tmp_path / "config.json") | {"eos_token_id": config}
     if config == "left out":
         del values["eos_token_id"]
     write_json(tmp_path / "config.json", values)
@@ -299,7 +336,6 @@ def test_converter_and_its_reverse_cancel(n_head, d_head):
 
 def test_converted_rows_give_the_attention_scores_of_metas_definition():
     """Meta's apply_rotary_emb: neighbours are a complex number, times exp(i · position · ω)."""
-    config = LlamaConfig(seq_len=16, n_head=3, n_kv_head=3, d_head=8, d_model=12)
     wq, wk, x = torch.randn(24, 12), torch.randn(24, 12), torch.randn(1, 16, 12)
     omega = 10_000.0 ** (-torch.arange(0, 8, 2) / 8)
     turn = torch.polar(torch.ones(16, 4), torch.outer(torch.arange(16.0), omega))[:, None]
@@ -309,7 +345,7 @@ def test_converted_rows_give_the_attention_scores_of_metas_definition():
         return torch.view_as_real(pairs * turn).flatten(3)
 
     def ours(w):
-        rotary = RotaryTable(config)(torch.arange(16)[None], torch.float32)
+        rotary = RotaryTable(rotary_frequencies(8))(torch.arange(16)[None], 16, torch.float32)
         return rotate((x @ half_split_rows(w, 3).mT).view(1, 16, 3, 8), rotary)
 
     scores = [torch.einsum("bthc,bshc->bhts", f(wq), f(wk)) for f in (theirs, ours)]
@@ -319,18 +355,16 @@ def test_converted_rows_give_the_attention_scores_of_metas_definition():
 def meta_weights(model: Llama) -> dict[str, torch.Tensor]:
     """Our weights under Meta's names, q and k interleaved."""
     sizes, state = model.config, model.state_dict()
-    weights = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in META_TOP.items()}
+    weights = {f"{theirs}.weight": state[f"{ours}.weight"] for ours, theirs in meta.TOP.items()}
     if sizes.tie_embeddings:
         del weights["output.weight"]
-    rows = [sizes.n_head * sizes.d_head, *[sizes.n_kv_head * sizes.d_head] * 2]
     for layer in range(sizes.n_layer):
-        for ours, theirs in META_NAMES.items():
-            whole = state[f"blocks.{layer}.{ours}.weight"]
-            heights = {3: rows, 2: [sizes.d_ff] * 2, 1: [len(whole)]}[len(theirs)]
-            for name, part in zip(theirs, whole.split(heights), strict=True):
-                heads = {"wq": sizes.n_head, "wk": sizes.n_kv_head}.get(name.split(".")[-1])
-                part = interleaved_rows(part, heads) if heads else part
-                weights[f"layers.{layer}.{name}.weight"] = part.clone()
+        for ours, theirs in meta.BLOCK.items():
+            weight = state[f"blocks.{layer}.{ours}.weight"]
+            n_head = {"wq": sizes.n_head, "wk": sizes.n_kv_head}.get(ours.split(".")[-1])
+            if n_head:
+                weight = interleaved_rows(weight, n_head)
+            weights[f"layers.{layer}.{theirs}.weight"] = weight.clone()
     return weights
 
 
@@ -352,8 +386,8 @@ def save_meta(model: Llama, folder, **params):
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
 def test_metas_layout_gives_the_same_logits(tmp_path, n_kv_head, scaled, tied):
     sizes = LlamaConfig(
-        258,
-        64,
+        vocab_size=258,
+        seq_len=64,
         n_layer=2,
         n_head=4,
         n_kv_head=n_kv_head,
@@ -374,12 +408,95 @@ def test_metas_layout_gives_the_same_logits(tmp_path, n_kv_head, scaled, tied):
 
 
 def test_metas_older_params_leave_out_the_key_heads_and_the_scaling(tmp_path):
-    sizes = LlamaConfig(258, 4096, 1, 4, 4, 40, 10, 36, rope_theta=10_000.0, tie_embeddings=False)
+    sizes = LlamaConfig(
+        vocab_size=258, seq_len=4096, n_layer=1, n_head=4, n_kv_head=4, d_model=40, d_head=10,
+        d_ff=36, rope_theta=10_000.0, tie_embeddings=False,
+    )  # fmt: skip
     folder = save_meta(Llama(sizes), tmp_path)
-    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    params = read_json(folder / "params.json")
     del params["n_kv_heads"], params["rope_theta"]
     write_json(folder / "params.json", params)
     assert checkpoint.load(folder).model.config == sizes
+
+
+def test_scaling_that_metas_params_do_not_number(tmp_path):
+    """use_scaled_rope alone: 32 in the 1B and 3B of Llama 3.2, 8 in the wider ones of Llama 3.1."""
+    for d_model, factor in ((2048, 32.0), (3072, 32.0), (4094, 32.0), (4096, 8.0), (16_384, 8.0)):
+        tensors = {"tok_embeddings.weight": torch.empty(9, d_model, device="meta")}
+        tensors["layers.0.feed_forward.w1.weight"] = torch.empty(3, d_model, device="meta")
+        params = {"n_heads": 1, "n_layers": 1, "norm_eps": 1e-5, "use_scaled_rope": True}
+        where = tmp_path / "params.json"
+        assert meta.our_config(params, tensors, where).rope_scaling == RopeScaling(factor)
+        assert meta.our_config(
+            params | {"rope_scaling_factor": 4.0}, tensors, where
+        ).rope_scaling == (RopeScaling(4.0))
+        params["use_scaled_rope"] = False
+        assert meta.our_config(params, tensors, where).rope_scaling is None
+
+
+@pytest.fixture(scope="module")
+def llama2_tokenizer(stories) -> bytes:
+    """A tokenizer.model as Llama 2 has one: a space before each text, spaces kept."""
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(stories.splitlines()),
+        model_writer=file,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+    )
+    return file.getvalue()
+
+
+def test_exported_meta_folder_is_the_same_in_transformers(transformers, tmp_path, llama2_tokenizer):
+    """Meta's folders have a tokenizer.model and not a word to transformers."""
+    ours = Llama(LlamaConfig(vocab_size=400, n_layer=1))
+    folder = save_meta(ours, tmp_path / "meta")
+    (folder / "alphabet.json").unlink()
+    (folder / "tokenizer.model").write_bytes(llama2_tokenizer)
+    loaded = checkpoint.load(folder)
+    checkpoint.export(loaded, tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    special = ["<s>", "</s> a", "a <unk> b", "<0x41>", "\N{LOWER ONE EIGHTH BLOCK}a", " ", "   a"]
+    for text in [*TEXTS, *special]:
+        ids = loaded.tokenizer.encode(text)
+        assert tokenizer(text)["input_ids"] == ids, text
+        assert tokenizer.decode(ids, skip_special_tokens=True) == loaded.tokenizer.decode(ids)
+        assert checkpoint.load(tmp_path / "hf").tokenizer.encode(text) == ids
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    rows = torch.randint(400, (2, 50))
+    with torch.no_grad():
+        assert (ours(rows) - theirs(rows).logits).abs().max() <= 1e-4
+
+
+# ── Ids beyond the tokenizer ──────────────────────────────────────────────────────────────────────
+
+
+class SaysAlways(torch.nn.Module):
+    """Logits that make one token certain."""
+
+    def __init__(self, token: int, vocab_size: int):
+        super().__init__()
+        self.logits = torch.nn.functional.one_hot(torch.tensor(token), vocab_size).float()
+
+    def forward(self, x):
+        return self.logits.expand(*x.shape[:-1], -1)
+
+
+def test_ids_beyond_the_tokenizer_are_no_text(tmp_path, tokenizer):
+    """Vocabularies are padded to round numbers: a model may say an id that stands for nothing."""
+    n = tokenizer.vocab_size
+    exported(tokenizer, tmp_path, vocab_size=n + 50)
+    loaded = checkpoint.load(tmp_path)
+    ids = loaded.tokenizer.encode_text("One day")
+    assert loaded.tokenizer.decode([*ids, n, n + 49]) == tokenizer.decode(ids)
+    loaded.model.head = SaysAlways(n + 49, n + 50)
+    assert write(loaded, SampleConfig("One", max_new_tokens=20), Sampling(0)) == "One"
 
 
 # ── Refusals ──────────────────────────────────────────────────────────────────────────────────────
@@ -402,22 +519,30 @@ def folder(tmp_path):
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_type yarn"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type linear"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor' is missing"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "config.json: low_freq_factor is missing",
+        ),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"num_key_value_heads": 3}, "n_kv_head 3 does not divide n_head 4"),
         ({"head_dim": 9}, "odd"),
-        ({"num_attention_heads": 0}, "config.json"),
+        ({"rope_theta": None}, "config.json: rope_theta is missing"),
+        ({"rope_theta": 10**400}, "config.json: int too large"),
+        ({"rms_norm_eps": 10**400}, "config.json: int too large"),
+        ({"num_attention_heads": 0}, "n_head must be at least 1"),
+        ({"num_key_value_heads": 0}, "n_kv_head must be at least 1"),
         ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
         ({"hidden_size": "wide"}, "config.json"),
         ({"hidden_size": 26}, r"is \(258, 24\), the configuration needs \(258, 26\)"),
         ({"vocab_size": 300}, "the configuration needs"),
         ({"num_hidden_layers": 3}, "lack blocks.2"),
-        ({"num_hidden_layers": 1}, "have model.layers.1"),
+        ({"num_hidden_layers": 1}, "have blocks.1"),
+        ({"num_hidden_layers": 10**9}, "the model in .* needs [0-9,.]+ GB"),
     ],
     ids=str,
 )
 def test_config_that_asks_for_something_else_is_refused_by_name(folder, change, message):
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     write_json(folder / "config.json", config | change)
     with pytest.raises(UserError, match=message):
         checkpoint.load(folder)
@@ -438,9 +563,9 @@ Q = "model.layers.0.self_attn.q_proj.weight"
     [
         (lambda t: t.pop("model.norm.weight"), "lack norm.weight"),
         (lambda t: t.pop("lm_head.weight"), "lack head.weight"),
-        (lambda t: t.pop(Q), "wqkv|q_proj"),
-        (lambda t: t.update({Q: torch.ones(40, 25)}), "wqkv|q_proj"),
-        (lambda t: t.update({Q: torch.ones(39, 24)}), "wqkv|q_proj"),
+        (lambda t: t.pop(Q), "lack blocks.0.attention.wq.weight"),
+        (lambda t: t.update({Q: torch.ones(40, 25)}), r"attention.wq.weight is \(40, 25\)"),
+        (lambda t: t.update({Q: torch.ones(39, 24)}), r"attention.wq.weight is \(39, 24\)"),
         (lambda t: t.update({"model.norm.weight": torch.ones(23)}), r"norm.weight is \(23,\)"),
         (lambda t: t.update({"extra.bias": torch.ones(1)}), "have extra.bias"),
     ],
@@ -468,18 +593,88 @@ def test_truncated_weights_are_refused(folder, keep):
         checkpoint.load(folder)
 
 
+@pytest.mark.parametrize("bin_name", ["pytorch_model.bin", "shard.bin"])
+@pytest.mark.parametrize("as_torch", [True, False])
+def test_pickled_weights_with_code_in_them_do_not_run(folder, tmp_path, bin_name, as_torch):
+    (folder / "model.safetensors").unlink()
+    if bin_name == "shard.bin":
+        write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": "shard.bin"}})
+    bomb = {"model.norm.weight": Bomb(tmp_path / "marker")}
+    if as_torch:
+        torch.save(bomb, folder / bin_name)
+    else:
+        (folder / bin_name).write_bytes(pickle.dumps(bomb))
+    with pytest.raises(UserError, match="damaged or holds more than tensors"):
+        checkpoint.load(folder)
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "something else than named tensors"),
+        ({3: torch.ones(2)}, "something else than named tensors"),
+        ({"a": 3}, "a is no tensor"),
+        ({"model.norm.weight": torch.ones(24).to_sparse()}, "lack|sparse"),
+    ],
+    ids=str,
+)
+def test_pickle_of_something_else_is_refused(folder, content, message):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(folder)
+
+
+def test_sparse_weight_is_refused(folder):
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    for spoilt in (torch.ones(24).to_sparse(), torch.empty(24, device="meta")):
+        torch.save(tensors | {"model.norm.weight": spoilt}, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match="norm.weight is sparse or has no values"):
+            checkpoint.load(folder)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [{}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 3}},
+     {"weight_map": {"a": "../elsewhere.bin"}}, {"weight_map": {"a": "/etc/passwd"}},
+     {"weight_map": {"a": ""}}, {"weight_map": {"a": ".."}}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["model.safetensors", "pytorch_model.bin"])
+def test_index_that_names_no_files_of_its_folder_is_refused(folder, kind, index):
+    (folder / "model.safetensors").unlink()
+    write_json(folder / f"{kind}.index.json", index)
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(folder)
+
+
+def test_memory_is_estimated_before_weights_are_read_or_built(folder, monkeypatch):
+    """A width of 10⁸ asks for more than any machine has; nothing else is looked at."""
+    for name in ("read_tensors", "fill"):
+        monkeypatch.setattr(checkpoint, name, None)
+    config = read_json(folder / "config.json") | {"hidden_size": 10**8}
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match=r"the model in .* needs [0-9,.]+ GB or more"):
+        checkpoint.load(folder)
+
+
+def test_layers_that_the_weights_lack_are_noticed_before_they_are_built(folder, monkeypatch):
+    """A hundred thousand little layers fit, and would take minutes."""
+    monkeypatch.setattr(checkpoint, "fill", None)
+    config = read_json(folder / "config.json") | {"num_hidden_layers": 100_000}
+    write_json(folder / "config.json", config)
+    with pytest.raises(UserError, match="lack blocks.99999.attention_norm.weight"):
+        checkpoint.load(folder)
+
+
 def test_missing_shard_is_named(folder):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
     write_json(folder / "model.safetensors.index.json", index)
     with pytest.raises(UserError, match="model-00001-of-00001.safetensors is missing"):
-        checkpoint.load(folder)
-
-
-def test_folder_with_pickled_weights_alone_is_refused(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match="convert them to safetensors"):
         checkpoint.load(folder)
 
 
@@ -491,7 +686,7 @@ def test_tokenizer_with_more_ids_than_the_weights_is_refused(tmp_path):
 
 
 def test_meta_file_of_something_else_is_refused(tmp_path):
-    folder = save_meta(Llama(LlamaConfig(258, d_head=32)), tmp_path)
+    folder = save_meta(Llama(LlamaConfig(vocab_size=258)), tmp_path)
     for content in ([torch.ones(2)], {"iteration": 3}, {"tok_embeddings.weight": torch.ones(2)}):
         torch.save(content, folder / "consolidated.00.pth")
         with pytest.raises(UserError, match=r"params\.json|consolidated"):
@@ -499,13 +694,15 @@ def test_meta_file_of_something_else_is_refused(tmp_path):
 
 
 def test_meta_folder_in_several_parts_is_refused(tmp_path):
-    folder = save_meta(Llama(LlamaConfig(258)), tmp_path)
+    folder = save_meta(Llama(LlamaConfig(vocab_size=258)), tmp_path)
     (folder / "consolidated.01.pth").touch()
     with pytest.raises(UserError, match="has 2 consolidated"):
         checkpoint.load(folder)
 
 
 def test_names_of_both_layouts_cover_the_model(sizes):
-    names = {name.split(".", 2)[2] for name in Llama(sizes).state_dict() if "blocks" in name}
-    for table in (HF_NAMES, META_NAMES):
-        assert {f"{name}.weight" for name in table} == names
+    names = set(Llama(sizes).state_dict())
+    for file in (huggingface, meta):
+        ours = {f"{name}.weight" for name in file.TOP}
+        ours |= {f"blocks.{i}.{name}.weight" for i in range(2) for name in file.BLOCK}
+        assert ours == names

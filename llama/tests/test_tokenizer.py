@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-import tokenizer as tokenizer_file
-from run import UserError
+import tokenizer_json
+from options import UserError
 from tokenizer import (
     BAD_CHARACTER,
     ByteTokenizer,
@@ -14,10 +14,10 @@ from tokenizer import (
     SentencePieceTokenizer,
     TextStream,
     load_tokenizer,
-    merges_of,
     short_lines,
     train_tokenizer,
 )
+from tokenizer_json import merges_of
 
 TEXTS = [
     "",
@@ -224,7 +224,7 @@ PAIR = {"Sequence": {"id": "B", "type_id": 0}}
 
 def json_folder(folder, template: list | None, settings: dict):
     """A tokenizer.json of bytes whose post-processor follows `template`."""
-    content = tokenizer_file.json_of(ByteTokenizer())
+    content = tokenizer_json.bytes_json(ByteTokenizer())
     content["post_processor"] = template and {
         "type": "TemplateProcessing",
         "single": template,
@@ -299,11 +299,25 @@ def test_damaged_json_file_is_the_users_error(tmp_path):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_template_that_names_an_unknown_token_is_the_users_error(tmp_path, nested):
+    """The library would panic: a dozen lines on stderr, and no Exception."""
+    pytest.importorskip("tokenizers")
+    folder = json_folder(tmp_path, [BOS, TEXT], {})
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    del content["post_processor"]["special_tokens"]["<s>"]
+    if nested:
+        content["post_processor"] = {"type": "Sequence", "processors": [content["post_processor"]]}
+    (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(UserError, match="its template names <s>"):
+        load_tokenizer(folder)
+
+
 def test_imported_json_tokenizer_is_saved_as_it_came(tmp_path):
     pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(json_folder(tmp_path, [BOS, TEXT], {"add_bos_token": False}))
     (tmp_path / "again").mkdir()
-    tokenizer_file.save_for_transformers(tokenizer, tmp_path / "again")
+    tokenizer_json.save_for_transformers(tokenizer, tmp_path / "again")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         ours, theirs = (
             json.loads((f / name).read_text(encoding="utf-8"))
@@ -319,6 +333,6 @@ def test_merges_by_hand():
 
 
 def test_byte_characters_are_those_of_gpt_2():
-    characters = tokenizer_file.byte_characters()
+    characters = tokenizer_json.byte_characters()
     assert len(set(characters)) == 256
     assert characters[ord("A")] == "A" and characters[ord(" ")] == "Ġ" and characters[10] == "Ċ"

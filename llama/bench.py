@@ -21,15 +21,27 @@ import torch
 
 import checkpoint
 import generate
-import run
+import hardware
 import train
-from model import KVCache, Llama, LlamaConfig, attention, causal_mask, fused_attention
-from run import say
+from model import Llama, LlamaConfig, attention, fused_attention
+from options import from_options, say
+from run import write_json
 from tokenizer import ByteTokenizer
 
-SIZES = LlamaConfig(1024, 256, 6, 8, 8, 256, 32, 688)  # 5 M: small enough for every laptop
-LARGE = LlamaConfig(32_000, 256, 12, 12, 12, 768, 64, 2048)  # 110 M: outgrows every CPU cache
-RESULT = Path(__file__).resolve().parent / "runs" / "bench.json"
+SIZES = LlamaConfig(
+    vocab_size=1024, seq_len=256, n_layer=6, n_head=8, n_kv_head=8, d_model=256, d_head=32, d_ff=688
+)  # 5 M: small enough for every laptop
+LARGE = LlamaConfig(
+    vocab_size=32_000,
+    seq_len=256,
+    n_layer=12,
+    n_head=12,
+    n_kv_head=12,
+    d_model=768,
+    d_head=64,
+    d_ff=2048,
+)  # 110 M: outgrows every CPU cache
+RESULTS = Path(__file__).resolve().parent / "runs"
 ROWS, PROMPT, NEW = 16, 16, 128
 ROUNDS = 7
 
@@ -59,7 +71,7 @@ def training_step(model: torch.nn.Module, loss: Callable, dtype: torch.dtype) ->
     rows = torch.randint(SIZES.vocab_size, (ROWS, SIZES.seq_len + 1), device=device)
 
     def step() -> None:
-        with torch.autocast(device.type, dtype, dtype != torch.float32):
+        with hardware.autocast(device, dtype):
             value = loss(rows)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -126,20 +138,19 @@ def decoding(models: dict, n_row: int) -> dict[str, float]:
 
 
 def attention_table(device: torch.device) -> None:
-    """The measurement behind `model.products_are_faster`: forward and backward, milliseconds."""
+    """The measurement behind `model.fastest_attention`: forward and backward, milliseconds."""
     say("attention, forward + backward   products    fused")
     for dtype in (torch.bfloat16, torch.float32):
         for n_token in (128, 256, 512, 1024):
-            shape = (max(1, 4096 // n_token), n_token, 8, 32)
+            shape = (max(1, 4096 // n_token), 8, n_token, 32)
             q, k, v = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
-            k, v = k.transpose(1, 2), v.transpose(1, 2)
             for tensor in (q, k, v):
                 tensor.requires_grad_()
-            mask = causal_mask(torch.arange(n_token, device=device)[None], n_token, dtype)
-            work = {
-                "products": lambda q=q, k=k, v=v, m=mask: attention(q, k, v, m).sum().backward(),
-                "fused": lambda q=q, k=k, v=v: fused_attention(q, k, v, None).sum().backward(),
-            }
+
+            def pair(attend: Callable, q=q, k=k, v=v) -> Callable:
+                return lambda: attend(q, k, v, None, 32**-0.5, True).sum().backward()
+
+            work = {"products": pair(attention), "fused": pair(fused_attention)}
             t = {name: 1e3 * value for name, value in seconds(work, 5).items()}
             name = f"  {str(dtype).removeprefix('torch.')} {n_token:5d} tokens"
             say(f"{name:30s} {t['products']:8.1f} {t['fused']:8.1f}")
@@ -168,7 +179,7 @@ def large_decoding(device: torch.device, dtype: torch.dtype) -> tuple[float, int
         way: lambda c=c: list(generate.generate(model, prompt, 32, greedy, compile=c))
         for way, c in (("eager", False), ("compiled", True))
     }
-    cache = KVCache(LARGE, 1, PROMPT + 16, like=model.embedding.weight)
+    cache = model.new_cache(1, PROMPT + 16)
     n_byte = sum(p.nbytes for p in model.parameters())
     n_byte += sum(x.nbytes for x in (*cache.keys, *cache.values))
     return 32 / min(seconds(work, 5).values()), n_byte
@@ -187,7 +198,8 @@ def both_models(device: torch.device) -> dict[str, torch.nn.Module]:
     except ImportError:
         say("transformers is not installed: no side-by-side numbers")
         return models
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "exported"
         checkpoint.export(checkpoint.Loaded(folder, models["ours"], ByteTokenizer(), ()), folder)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
     return models | {"transformers": theirs.to(device)}
@@ -205,7 +217,7 @@ def ratios(results: dict[str, dict[str, float]]) -> dict[str, float]:
 
 def limits(results: dict, device: torch.device, dtype: torch.dtype) -> dict:
     """What the machine can do, the share of it that we reach, and the points of the roofline."""
-    peak, bandwidth = run.matmul_rate(device, dtype), memory_bandwidth(device)
+    peak, bandwidth = hardware.matmul_rate(device, dtype), memory_bandwidth(device)
     per_token = Llama(SIZES).flops_per_token(SIZES.seq_len)
     speed, n_byte = large_decoding(device, dtype)
     print(f"decode     ours, 110 M parameters {speed:9,.0f} tokens/s")
@@ -229,11 +241,11 @@ def limits(results: dict, device: torch.device, dtype: torch.dtype) -> dict:
 
 def main(args) -> None:
     """Measure all of it; print tables and, last, one line of JSON."""
-    options = run.from_options(train.TrainConfig(), args)
-    device, _ = run.choose_device(options.device)
-    dtype, why = run.choose_dtype(options.dtype, device)
+    config = from_options(train.TrainConfig(), args)
+    device, _ = hardware.choose_device(config.device)
+    dtype, why = hardware.choose_dtype(config.dtype, device)
     say(f"{device}, {dtype} ({why}), {torch.get_num_threads()} threads, torch {torch.__version__}")
-    run.seed_everything(options.seed)
+    hardware.seed_everything(config.seed)
     models = both_models(device)
     results = {"train": training(models, device, dtype)}
     for model in models.values():
@@ -246,6 +258,7 @@ def main(args) -> None:
     attention_table(device)
     named = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     line = named | ratios(results) | found
-    RESULT.parent.mkdir(exist_ok=True)
-    run.write_json(RESULT, line)
+    file = RESULTS / f"bench-{named['dtype']}.json"
+    file.parent.mkdir(exist_ok=True)
+    write_json(file, line)
     print(json.dumps(line))

@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import torch._inductor.config
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoint import Loaded
-from model import KVCache, Llama
-from run import UserError, option
+from options import UserError, check, option
 from tokenizer import TextStream
 
 CHUNK = 512  # prompt tokens at a time: bounds the memory that prefill takes
@@ -31,20 +29,13 @@ class Sampling:
     Raises ValueError for values out of range.
     """
 
-    temperature: float = option(0.7, "divides the logits; 0 always takes the likeliest token")
-    top_k: int = option(0, "only the k likeliest tokens; 0 is all")
-    top_p: float = option(1.0, "only the smallest set of likeliest tokens that has mass p")
-    min_p: float = option(0.0, "only tokens at least this fraction as likely as the likeliest")
+    temperature: float = option(0.7, "divides the logits; 0 takes the likeliest token", least=0)
+    top_k: int = option(0, "only the k likeliest tokens; 0 is all", least=0)
+    top_p: float = option(1.0, "only the likeliest tokens with mass p together", above=0, most=1)
+    min_p: float = option(0.0, "only tokens this fraction as likely as the first", least=0, most=1)
 
     def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, not {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 or more, not {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], not {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be in [0, 1], not {self.min_p}")
+        check(self)
 
 
 @dataclass(frozen=True)
@@ -55,13 +46,11 @@ class SampleConfig:
     """
 
     prompt: str = option("", "text to go on from; without one a new document begins")
-    num_samples: int = option(1, "ways to go on")
-    max_new_tokens: int = option(256, "stop after so many, if nothing else stops it")
+    num_samples: int = option(1, "ways to go on", least=1, most=10_000)
+    max_new_tokens: int = option(256, "stop after so many, if nothing else stops it", least=1)
 
     def __post_init__(self):
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check(self)
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -69,26 +58,56 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 
     Temperature comes first, then top-k, then top-p of what is left (Holtzman et al. 2020,
     arXiv:1904.09751, Eq. 2 and 3: the token that crosses p is in), then min-p (Nguyen et al. 2024,
-    arXiv:2407.01082, §3). The likeliest token always stays.
+    arXiv:2407.01082, §3). The likeliest token always stays, and of equally likely ones the first.
     """
     below = logits.double() - logits.max(dim=-1, keepdim=True).values  # 0 / T cannot overflow
     p = (below / sampling.temperature).softmax(dim=-1)
-    p, order = p.sort(dim=-1, descending=True, stable=True)
-    keep = torch.ones_like(p, dtype=torch.bool)
-    if sampling.top_k:
-        keep[:, sampling.top_k :] = False
-    p = p * keep
-    if sampling.top_p < 1:
-        before = p.cumsum(dim=-1) - p  # mass of the likelier tokens
-        keep &= before < sampling.top_p * p.sum(dim=-1, keepdim=True)
-    keep &= p >= sampling.min_p * p[:, :1]
-    keep[:, 0] = True
-    p = p * keep
-    return torch.zeros_like(p).scatter(1, order, p / p.sum(dim=-1, keepdim=True))
+    least = sampling.min_p * p.max(dim=-1, keepdim=True).values
+    if sampling.top_k or sampling.top_p < 1:
+        p = nucleus(p, sampling.top_k, sampling.top_p)
+    p = p.masked_fill(p < least, 0.0)
+    return p / p.sum(dim=-1, keepdim=True)
+
+
+def nucleus(p: Tensor, top_k: int, top_p: float) -> Tensor:
+    """p with 0 for all but the top_k likeliest and, of these, the fewest with top_p of the mass.
+
+    Sorting a vocabulary of 128,000 is slow on a CPU, so it sorts as many candidates as it needs:
+    some, and ten times as many while their mass does not reach top_p.
+    """
+    n_token = p.shape[-1]
+    wanted = min(top_k or n_token, n_token)
+    n = wanted if top_k else min(1000, n_token)
+    while True:
+        candidates = likeliest(p, n)
+        kept = p.gather(1, candidates)
+        before = kept.cumsum(dim=-1) - kept  # mass of the likelier tokens
+        enough = top_p * (kept.sum(dim=-1, keepdim=True) if n == wanted else 1.0)
+        if n == wanted or bool((before[:, -1:] >= enough).all()):
+            break
+        n = min(10 * n, wanted)
+    inside = (before < enough) | (before == 0)
+    return torch.zeros_like(p).scatter(1, candidates, kept * inside)
+
+
+def likeliest(p: Tensor, n: int) -> Tensor:
+    """The ids of the n likeliest tokens, likeliest first, of equal ones the lower id: (B, n)."""
+    least = p.topk(n, dim=-1).values[:, -1:]  # topk says nothing about which of equal ones it takes
+    above, equal = p > least, p == least
+    room = n - above.sum(dim=-1, keepdim=True)
+    chosen = above | (equal & (equal.cumsum(dim=-1) <= room))
+    ids = chosen.nonzero()[:, 1].view(len(p), n)
+    by_size = p.gather(1, ids).argsort(dim=-1, descending=True, stable=True)
+    return ids.gather(1, by_size)
 
 
 def choose(logits: Tensor, sampling: Sampling, dice: list[torch.Generator]) -> Tensor:
-    """The next token of each row, (B,), from logits (B, V); each row throws its own dice."""
+    """The next token of each row, (B,), from logits (B, V); each row throws its own dice.
+
+    UserError for logits that are no numbers, which damaged weights give.
+    """
+    if not logits.max(dim=-1).values.isfinite().all():
+        raise UserError("the model's scores are not finite: its weights are damaged")
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
     p = probabilities(logits.cpu(), sampling)
@@ -97,29 +116,31 @@ def choose(logits: Tensor, sampling: Sampling, dice: list[torch.Generator]) -> T
     return (reached <= u[:, None]).sum(dim=-1).to(logits.device)  # first token with more than u
 
 
-def prefill(model: Llama, prompts: list[list[int]], n_slot: int) -> tuple[KVCache, Tensor]:
+def prefill(model: nn.Module, prompts: list[list[int]], n_slot: int) -> tuple:
     """Read prompts of any length. Returns the cache and the logits after each prompt, (B, V).
 
     Short prompts are filled up on the right: their slots beyond the end are overwritten later.
+    Logits are computed for the last token of each prompt alone.
     """
-    weight = model.embedding.weight
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=weight.device)
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
     longest = int(lengths.max())
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
-    cache = KVCache(model.config, len(prompts), n_slot, like=weight)
-    last = weight.new_zeros(len(prompts), model.config.vocab_size)
+    cache = model.new_cache(len(prompts), n_slot)
+    last = []  # (row, features of its last token)
     for start in range(0, longest, CHUNK):
-        logits = model(tokens[:, start : start + CHUNK].to(weight.device), cache)  # (B, T, V)
-        ends = ((lengths > start) & (lengths <= start + CHUNK)).nonzero().flatten()
-        last[ends] = logits[ends, lengths[ends] - 1 - start]
-    return cache, last
+        features = model.features(tokens[:, start : start + CHUNK].to(device), cache)  # (B, T, D)
+        for row in ((lengths > start) & (lengths <= start + CHUNK)).nonzero().flatten().tolist():
+            last.append((row, features[row, int(lengths[row]) - 1 - start]))
+    last.sort(key=lambda pair: pair[0])
+    return cache, model.head(torch.stack([features for _, features in last]))
 
 
 @torch.inference_mode()
 def generate(
-    model: Llama,
+    model: nn.Module,
     prompts: list[list[int]],
     max_new_tokens: int,
     sampling: Sampling | None = None,
@@ -134,6 +155,7 @@ def generate(
     by side. Ends when all rows have, after max_new_tokens, or where the context is full.
     Raises ValueError for an empty prompt and for one that fills the context.
     """
+    model.eval()
     sampling = sampling or Sampling()
     lengths = [len(prompt) for prompt in prompts for _ in range(n_sample)]
     room = model.config.seq_len - max(lengths)
@@ -165,8 +187,10 @@ def generate(
 
 
 @functools.cache
-def compiled(model: Llama) -> Callable:
+def compiled(model: nn.Module) -> Callable:
     """One decoding step by torch.compile: weights packed, kernels chosen by trying them."""
+    import torch._inductor.config  # seconds to import, so only who compiles pays for it
+
     torch._inductor.config.freezing = True  # weights are constants; no effect as a mere option
     torch._inductor.config.autotune_num_choices_displayed = 0  # and no tables of trials
     return torch.compile(model, options={"max_autotune": True})
@@ -198,23 +222,28 @@ class StopText:
 
 def overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
-    return next(
-        n
-        for n in range(min(len(text), len(stop)), -1, -1)
-        if stop.startswith(text[len(text) - n :])
-    )
+    for n in range(min(len(text), len(stop)), 0, -1):
+        if stop.startswith(text[len(text) - n :]):
+            return n
+    return 0
 
 
 def stream_text(
-    loaded: Loaded, config: SampleConfig, sampling: Sampling, seed: int, stops: list[str]
+    loaded: Loaded,
+    config: SampleConfig,
+    sampling: Sampling,
+    seed: int,
+    stops: list[str],
+    compile: bool,
 ) -> Iterator[tuple[int, str]]:
     """Yield (row, piece of text) as the continuations of the prompt become certain."""
     tokenizer, n = loaded.tokenizer, config.num_samples
     rows = [(TextStream(tokenizer), StopText(stops)) for _ in range(n)]
     prompt = tokenizer.encode(config.prompt)
-    for ids in generate(
-        loaded.model, [prompt], config.max_new_tokens, sampling, loaded.stop_ids, seed, n
-    ):
+    new = generate(
+        loaded.model, [prompt], config.max_new_tokens, sampling, loaded.stop_ids, seed, n, compile
+    )
+    for ids in new:
         for row, (token, (text, stop)) in enumerate(zip(ids, rows, strict=True)):
             if token is not None and not stop.done:
                 yield row, stop.push(text.push(token))
@@ -230,6 +259,7 @@ def write(
     sampling: Sampling | None = None,
     seed: int = 0,
     stops: list[str] | None = None,
+    compile: bool = False,
     show: Callable[[str], None] = lambda text: None,
 ) -> str:
     """The prompt and its continuation, as often as asked, with lines `---` between.
@@ -237,14 +267,17 @@ def write(
     `show` gets the text piece by piece: the first one live, the others when they are all done.
     Raises UserError for a prompt that is empty or fills the context.
     """
-    texts = [config.prompt] * config.num_samples
-    show(config.prompt)
+    texts, shown = [config.prompt] * config.num_samples, False
     try:
-        for row, text in stream_text(loaded, config, sampling or Sampling(), seed, stops or []):
+        pieces = stream_text(loaded, config, sampling or Sampling(), seed, stops or [], compile)
+        for row, text in pieces:
             texts[row] += text
             if row == 0:
-                show(text)
+                show(text if shown else texts[0])  # a prompt that is refused is not shown
+                shown = True
     except ValueError as error:
         raise UserError(f"--prompt: {error}") from None
+    if not shown:
+        show(texts[0])
     show("".join(f"\n---\n{text}" for text in texts[1:]))
     return "\n---\n".join(texts)

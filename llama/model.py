@@ -1,9 +1,14 @@
 """Llama: the decoder-only Transformer of Llama 2 and Llama 3, and nothing else.
 
-Four changes turn the decoder of "Attention Is All You Need" into it: RMSNorm before each layer
-instead of LayerNorm after it, rotary position embeddings instead of added ones, a gated
-feed-forward layer (SwiGLU) instead of ReLU, and grouped-query attention, where several query heads
-share one key and value head so that the cache of a long conversation stays small.
+A decoder-only Transformer reads a text from left to right and gives, after every token, a score
+(logit) for each token that could come next. Inside it is a stack of equal blocks. A block has two
+layers: attention, in which a token collects what it needs from the tokens before it, and a
+feed-forward layer, which works on each token alone. Both add their result to a running sum, the
+residual stream.
+
+Llama is that with four choices of its own: RMSNorm before each layer, rotary position embeddings, a
+gated feed-forward layer (SwiGLU), and grouped-query attention, where several query heads share one
+key and value head so that the cache of a long conversation stays small.
 
     Llama 2: Touvron et al. 2023, arXiv:2307.09288, §2.2
     Llama 3: Grattafiori et al. 2024, arXiv:2407.21783, §3.2 and Table 3
@@ -17,12 +22,15 @@ torch and the standard library alone: copy it into a project of your own.
 
 import copy
 import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+MANY_ROWS = 64  # from here on one large product is faster than several small ones, see `project`
 
 
 @dataclass(frozen=True)
@@ -35,13 +43,15 @@ class RopeScaling:
     original_seq_len: int = 8192
 
     def __post_init__(self):
-        if not (self.factor >= 1 and 0 < self.low_freq_factor < self.high_freq_factor):
+        ordered = 0 < self.low_freq_factor < self.high_freq_factor < math.inf
+        long_enough = 1 <= self.original_seq_len < 2**31
+        if not (1 <= self.factor < math.inf and ordered and long_enough):
             raise ValueError(f"rope scaling needs factor ≥ 1 and 0 < low < high, not {self}")
 
 
-def size(default: int, help: str):
-    """A field that `main.py` offers as a flag."""
-    return field(default=default, metadata={"help": help})
+def size(default: int, help: str, least: int = 1):
+    """A field that is a size: an integer from `least` to 2³¹ − 1, and a flag of `main.py`."""
+    return field(default=default, metadata={"help": help, "least": least, "most": 2**31 - 1})
 
 
 @dataclass(frozen=True)
@@ -51,8 +61,8 @@ class LlamaConfig:
     Raises ValueError for sizes that cannot be built.
     """
 
-    vocab_size: int = size(1024, "number of tokens the tokenizer knows")
-    seq_len: int = size(192, "longest context, in tokens")
+    vocab_size: int = size(1344, "number of tokens the tokenizer knows")
+    seq_len: int = size(176, "longest context, in tokens")
     n_layer: int = size(4, "blocks")
     n_head: int = size(4, "query heads")
     n_kv_head: int = size(2, "key/value heads: n_head is multi-head, 1 is multi-query attention")
@@ -65,89 +75,118 @@ class LlamaConfig:
     tie_embeddings: bool = True  # one matrix both reads tokens and scores them
 
     def __post_init__(self):
-        for name in (f.name for f in self.__dataclass_fields__.values() if "help" in f.metadata):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata.get("least")
+            if least is not None and not least <= value <= one.metadata["most"]:
+                raise ValueError(f"{one.name} must be at least {least} and below 2³¹, not {value}")
         if self.n_head % self.n_kv_head:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if self.d_head % 2:
             raise ValueError(f"d_head {self.d_head} is odd: rotary embeddings turn pairs")
+        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < math.inf):
+            raise ValueError(f"rope_theta {self.rope_theta} or norm_eps {self.norm_eps} is no size")
+
+    @property
+    def n_parameter(self) -> int:
+        """How many parameters a model of these sizes has, without building it."""
+        attention = 2 * (self.n_head + self.n_kv_head) * self.d_head * self.d_model
+        block = attention + 3 * self.d_ff * self.d_model + 2 * self.d_model
+        tables = self.vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+        return tables + self.n_layer * block + self.d_model
 
 
-LLAMA3_SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
 PRESETS = {  # number of parameters in the comment; a test counts them
-    "tiny": LlamaConfig(),  # 623,744; a wider d_ff would learn the few stories by heart
-    "15m": LlamaConfig(32_000, 256, 6, 6, 6, 288, 48, 768),  # 15,191,712
-    "110m": LlamaConfig(32_000, 1024, 12, 12, 12, 768, 64, 2048),  # 109,529,856
+    "tiny": LlamaConfig(),  # 664,704; every word of the stories is one token of the 1,344
+    "15m": LlamaConfig(
+        vocab_size=32_000, seq_len=256, n_layer=6, n_head=6, n_kv_head=6, d_model=288, d_head=48,
+        d_ff=768,
+    ),  # 15,191,712
+    "110m": LlamaConfig(
+        vocab_size=32_000, seq_len=1024, n_layer=12, n_head=12, n_kv_head=12, d_model=768,
+        d_head=64, d_ff=2048,
+    ),  # 109,529,856
     "llama2-7b": LlamaConfig(
-        32_000, 4096, 32, 32, 32, 4096, 128, 11_008, tie_embeddings=False
+        vocab_size=32_000, seq_len=4096, n_layer=32, n_head=32, n_kv_head=32, d_model=4096,
+        d_head=128, d_ff=11_008, tie_embeddings=False,
     ),  # 6,738,415,616
     "llama3-8b": LlamaConfig(
-        128_256, 8192, 32, 32, 8, 4096, 128, 14_336, 500_000.0, tie_embeddings=False
+        vocab_size=128_256, seq_len=8192, n_layer=32, n_head=32, n_kv_head=8, d_model=4096,
+        d_head=128, d_ff=14_336, rope_theta=500_000.0, tie_embeddings=False,
     ),  # 8,030,261,248
     "llama3.2-1b": LlamaConfig(
-        128_256, 131_072, 16, 32, 8, 2048, 64, 8192, 500_000.0, RopeScaling(32.0)
+        vocab_size=128_256, seq_len=131_072, n_layer=16, n_head=32, n_kv_head=8, d_model=2048,
+        d_head=64, d_ff=8192, rope_theta=500_000.0, rope_scaling=RopeScaling(factor=32.0),
     ),  # 1,235,814,400
-}
+}  # fmt: skip
 
 
 class RMSNorm(nn.Module):
-    """y = g · x / √(mean(x²) + ε) over the last axis.
+    """y = g · x / √(mean(x²) + ε) over the last axis: every token gets the same length, then gains.
 
-    (Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4, with the ε of every implementation.) The mean
-    is taken in float32, since bfloat16 keeps only three digits.
+    (Zhang & Sennrich 2019, arXiv:1910.07467, Eq. 4, with the ε of every implementation.) Squares
+    and mean are taken in float32, since bfloat16 keeps only three digits.
     """
 
     def __init__(self, d_model: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
+        self.weight = nn.Parameter(torch.ones(d_model))  # g
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
 
 
-def rotary_frequencies(config: LlamaConfig) -> Tensor:
+def rotary_frequencies(
+    d_head: int, theta: float = 10_000.0, scaling: RopeScaling | None = None
+) -> Tensor:
     """Angle per position of each pair of channels, in radians: (C/2,) float64.
 
         ω_i = θ^(−2i/C)        (Su et al. 2021, arXiv:2104.09864, §3.2.2)
 
-    With `rope_scaling` (Llama 3.1, arXiv:2407.21783 §3.4 and Meta's released code) pairs that turn
-    less than `low_freq_factor` times within the original context slow down by `factor`, those that
-    turn more than `high_freq_factor` times stay, and in between the two are mixed.
+    With `scaling` (Llama 3.1, arXiv:2407.21783 §3.4 and Meta's released code) pairs that turn less
+    than `low_freq_factor` times within the original context slow down by `factor`, those that turn
+    more than `high_freq_factor` times stay, and in between the two are mixed.
     """
-    pair = torch.arange(0, config.d_head, 2, dtype=torch.float64, device="cpu")
-    frequency = config.rope_theta ** (-pair / config.d_head)
-    if config.rope_scaling is None:
+    pair = torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu")
+    frequency = theta ** (-pair / d_head)
+    if scaling is None:
         return frequency
-    s = config.rope_scaling
-    turns = s.original_seq_len * frequency / (2 * math.pi)
-    keep = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    turns = scaling.original_seq_len * frequency / (2 * math.pi)
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = keep.clamp(0, 1)
-    return keep * frequency + (1 - keep) * frequency / s.factor
+    return keep * frequency + (1 - keep) * frequency / scaling.factor
 
 
 class RotaryTable:
-    """cos and sin of position · frequency for every position of the context.
+    """cos and sin of position · frequency for the positions of a context.
 
-    Worked out once, in float64: at position 4,000 a float32 product is already wrong in the fourth
+    Worked out in float64: at position 4,000 a float32 product is already wrong in the fourth
     decimal, and in bfloat16 the positions 256 and 257 are the same number. It is no module buffer,
-    so `model.bfloat16()` cannot round it; each use gets a copy in the precision it computes in.
+    so `model.bfloat16()` cannot round it; each number format gets a table of its own, as long as
+    the longest context so far.
     """
 
-    def __init__(self, config: LlamaConfig):
-        position = torch.arange(config.seq_len, dtype=torch.float64, device="cpu")
-        angle = torch.outer(position, rotary_frequencies(config))  # (seq_len, C/2)
-        cos, sin = angle.cos(), angle.sin()
-        self.table = torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
-        self.copies = {}
+    def __init__(self, frequencies: Tensor):
+        self.frequencies, self.tables = frequencies, {}
 
-    def __call__(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """positions: (B, T) int64. Returns (cos, cos) and (−sin, sin), (2, B, T, 1, C)."""
+    def __call__(self, positions: Tensor, n_position: int, dtype: torch.dtype) -> Tensor:
+        """positions: (B, T) int64, each below n_position.
+
+        Returns (cos, cos) and (−sin, sin), as (2, B, T, 1, C).
+        """
         key = (positions.device, dtype)
-        if key not in self.copies:
-            self.copies[key] = self.table.to(dtype).to(positions.device)  # mps has no float64
-        return self.copies[key][:, positions].unsqueeze(3)
+        if key not in self.tables or self.tables[key].shape[1] < n_position:
+            self.tables[key] = self.table(n_position).to(dtype).to(positions.device)
+        return self.tables[key][:, positions].unsqueeze(3)
+
+    def table(self, n_position: int) -> Tensor:
+        """(2, n_position, C) in float64, on the CPU, since some devices have no float64."""
+        position = torch.arange(n_position, dtype=torch.float64, device="cpu")
+        angle = torch.outer(position, self.frequencies)  # (n_position, C/2)
+        cos, sin = angle.cos(), angle.sin()
+        return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)))
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:
@@ -157,7 +196,7 @@ def rotate(x: Tensor, rotary: Tensor) -> Tensor:
 
     so that q_m · k_n depends on m − n alone. The paper and Meta's weights pair neighbours
     (2i, 2i + 1) instead: the same thing after a permutation of the rows of wq and wk, see
-    `checkpoint.half_split_rows`. x: (B, T, heads, C), rotary: (2, B or 1, T, 1, C).
+    `meta.half_split_rows`. x: (B, T, heads, C), rotary: (2, B or 1, T, 1, C).
     """
     cos, sin = rotary
     a, b = x.chunk(2, dim=-1)
@@ -173,11 +212,21 @@ class KVCache:
     Size: 2 · n_layer · B · n_slot · K · C numbers. `length` is how many slots are in use.
     """
 
-    def __init__(self, config: LlamaConfig, batch_size: int, n_slot: int, like: Tensor):
-        shape = (batch_size, config.n_kv_head, n_slot, config.d_head)
-        self.keys = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_zeros(shape) for _ in range(config.n_layer)]
-        self.n_slot, self.length = n_slot, 0
+    def __init__(
+        self,
+        n_layer: int,
+        shape: tuple[int, int, int, int],
+        like: Tensor,
+        d_value: int | None = None,
+    ):
+        """shape: (B, K, n_slot, C). like: a tensor of the wanted number format and device.
+
+        d_value: the width of a value, where it is not C.
+        """
+        wide = (*shape[:3], shape[3] if d_value is None else d_value)
+        self.keys = [like.new_zeros(shape) for _ in range(n_layer)]
+        self.values = [like.new_zeros(wide) for _ in range(n_layer)]
+        self.n_slot, self.length = shape[2], 0
 
     def grow(self, n_token: int) -> None:
         """Take n_token more slots into use. Raises ValueError where there are no more."""
@@ -187,9 +236,8 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, C) in slots (B or 1, 1, T, 1); return all in use (B, K, S, C)."""
-        index = slots.expand_as(k)
-        keys = self.keys[layer].scatter_(2, index, k)
-        values = self.values[layer].scatter_(2, index, v)
+        keys = self.keys[layer].scatter_(2, slots.expand_as(k), k)
+        values = self.values[layer].scatter_(2, slots.expand_as(v), v)
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def fork(self, n: int) -> "KVCache":
@@ -209,43 +257,49 @@ def causal_mask(positions: Tensor, n_slot: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(later.shape, dtype=dtype, device=later.device).masked_fill(later, -math.inf)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q·kᵀ/√C + mask)·v (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1), grouped.
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """softmax(scale · q·kᵀ + mask)·v (Vaswani et al. 2017, arXiv:1706.03762, Eq. 1), grouped.
 
-    q: (B, T, H, C), k and v: (B, K, S, C), mask: (B or 1, T, S). Returns (B, T, H, C).
+    q: (B, H, T, C), k: (B, K, S, C), v: (B, K, S, any width), mask: (B or 1, T, S) or none.
+    causal: T = S tokens that each see themselves and those before. Returns (B, H, T, width of v).
     The G query heads that share a key head are G·T rows of one matrix: no key is ever copied.
     """
-    (B, T, H, C), (K, S) = q.shape, k.shape[1:3]
+    (B, H, T, C), (K, S) = q.shape, k.shape[1:3]
+    if causal:
+        mask = causal_mask(torch.arange(T, device=q.device)[None], S, q.dtype)
+    elif mask is None:
+        mask = q.new_zeros(1, T, S)
     G = H // K
-    q = q.view(B, T, K, G, C).permute(0, 2, 3, 1, 4).reshape(B * K, G * T, C)
-    k, v = k.reshape(B * K, S, C), v.reshape(B * K, S, C)
     mask = mask[:, None, None].expand(-1, K if len(mask) > 1 else 1, G, T, S)
-    scores = torch.baddbmm(mask.reshape(-1, G * T, S), q, k.mT, alpha=C**-0.5)
-    out = torch.bmm(scores.softmax(dim=-1), v)  # (B·K, G·T, C)
-    return out.view(B, K, G, T, C).permute(0, 3, 1, 2, 4).reshape(B, T, H, C)
+    q, k, v = q.reshape(B * K, G * T, C), k.reshape(B * K, S, C), v.reshape(B * K, S, v.shape[3])
+    scores = torch.baddbmm(mask.reshape(-1, G * T, S), q, k.mT, alpha=scale)
+    return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, v.shape[2])
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """The same by PyTorch's kernel, which never stores the (T, S) scores.
-
-    Without a mask T = S tokens see those before them, and a single one (T = 1) sees all.
-    """
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool
+) -> Tensor:
+    """The same by PyTorch's kernel, which never stores the (T, S) scores."""
     mask = None if mask is None else mask.unsqueeze(1)
-    causal, gqa = mask is None and q.shape[1] > 1, q.shape[2] > k.shape[1]
-    q = q.transpose(1, 2)
+    gqa = q.shape[1] > k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa
-    ).transpose(1, 2)
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
 
 
-def products_are_faster(x: Tensor, dtype: torch.dtype, n_slot: int) -> bool:
-    """Whether `attention` beats `fused_attention`, by measurement (`main.py --bench` repeats it).
+def fastest_attention(
+    device: torch.device, dtype: torch.dtype, n_query: int, n_slot: int
+) -> Callable:
+    """`attention` or `fused_attention`, by measurement (`main.py --bench` repeats it).
 
-    On GPUs never. On CPUs in bfloat16 up to about 512 tokens, where the kernel's backward pass and
-    its single-token case are slow, and `attention` is ordinary matrix products.
+    The fused kernel is faster and rounds less, but for CPUs in bfloat16: there plain matrix
+    products win up to about 512 tokens, and always for a single query. They keep the result of
+    the softmax in bfloat16, so their rounding error is about twice that of the kernel.
     """
-    short = dtype == torch.bfloat16 and n_slot <= 512
-    return x.device.type == "cpu" and short and (torch.is_grad_enabled() or x.shape[1] == 1)
+    bfloat16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
+    return attention if bfloat16_on_cpu and (n_slot <= 512 or n_query == 1) else fused_attention
 
 
 @dataclass
@@ -254,59 +308,75 @@ class Context:
 
     rotary: Tensor  # (2, B or 1, T, 1, C)
     mask: Tensor | None  # (B or 1, T, S)
-    attend: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+    causal: bool  # instead of a mask: T = S tokens, each sees itself and those before
+    attend: Callable  # `attention` or `fused_attention`
     cache: KVCache | None
     slots: Tensor  # (B or 1, 1, T, 1), where the cache puts the new keys
+
+
+def project(x: Tensor, *layers: nn.Module) -> Tensor:
+    """What the layers make of x, side by side: (B, T, rows of all layers together).
+
+    For many tokens the matrices are joined and multiplied at once, because one large product is
+    faster than several small ones. For few tokens, as in decoding, reading the weights is what
+    takes the time, and joining them would read and write them once more.
+    """
+    plain = all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
+    if plain and x.shape[0] * x.shape[1] >= MANY_ROWS:
+        return F.linear(x, torch.cat([layer.weight for layer in layers]))
+    return torch.cat([layer(x) for layer in layers], dim=-1)
 
 
 class GroupedQueryAttention(nn.Module):
     """H query heads over K key/value heads (Ainslie et al. 2023, arXiv:2305.13245, §2.2).
 
-    Query head h reads key head ⌊h / G⌋. The three projections are one matrix, because one large
-    product is faster than three small ones: H heads of queries, then K of keys, then K of values.
+    Query head h reads key head ⌊h / G⌋.
     """
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, layer: int, d_model: int, n_head: int, n_kv_head: int, d_head: int):
         super().__init__()
-        self.n_head, self.n_kv_head, self.d_head = config.n_head, config.n_kv_head, config.d_head
-        self.layer = layer
-        n_row = (config.n_head + 2 * config.n_kv_head) * config.d_head
-        self.wqkv = nn.Linear(config.d_model, n_row, bias=False)
-        self.wo = nn.Linear(config.n_head * config.d_head, config.d_model, bias=False)
+        self.layer, self.n_head, self.n_kv_head, self.d_head = layer, n_head, n_kv_head, d_head
+        self.wq = nn.Linear(d_model, n_head * d_head, bias=False)
+        self.wk = nn.Linear(d_model, n_kv_head * d_head, bias=False)
+        self.wv = nn.Linear(d_model, n_kv_head * d_head, bias=False)
+        self.wo = nn.Linear(n_head * d_head, d_model, bias=False)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         (B, T, _), H, K = x.shape, self.n_head, self.n_kv_head
-        heads = self.wqkv(x).view(B, T, H + 2 * K, self.d_head)
+        heads = project(x, self.wq, self.wk, self.wv).view(B, T, H + 2 * K, self.d_head)
         qk, v = heads.split((H + K, K), dim=2)
         q, k = rotate(qk, context.rotary).split((H, K), dim=2)  # (B, T, H or K, C)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, K, T, C)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H or K, T, C)
         if context.cache is not None:
             k, v = context.cache.update(self.layer, k, v, context.slots)  # (B, K, S, C)
-        return self.wo(context.attend(q, k, v, context.mask).reshape(B, T, -1))  # (B, T, D)
+        scale = self.d_head**-0.5  # keeps q·k at variance 1, whatever the width
+        out = context.attend(q, k, v, context.mask, scale, context.causal)  # (B, H, T, C)
+        return self.wo(out.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
 class SwiGLU(nn.Module):
-    """w2·(silu(w1·x) ⊙ w3·x) (Shazeer 2020, arXiv:2002.05202, Eq. 6), w1 above w3 in one matrix."""
+    """w2·(silu(w1·x) ⊙ w3·x) (Shazeer 2020, arXiv:2002.05202, Eq. 6), silu(z) = z / (1 + e⁻ᶻ)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, d_model: int, d_ff: int):
         super().__init__()
-        self.w13 = nn.Linear(config.d_model, 2 * config.d_ff, bias=False)
-        self.w2 = nn.Linear(config.d_ff, config.d_model, bias=False)
+        self.w1 = nn.Linear(d_model, d_ff, bias=False)
+        self.w2 = nn.Linear(d_ff, d_model, bias=False)
+        self.w3 = nn.Linear(d_model, d_ff, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)  # (B, T, F) each
+        gate, up = project(x, self.w1, self.w3).chunk(2, dim=-1)  # (B, T, F) each
         return self.w2(F.silu(gate) * up)  # (B, T, D)
 
 
 class Block(nn.Module):
     """One layer: x + attention(norm(x)), then x + ffn(norm(x))."""
 
-    def __init__(self, config: LlamaConfig, layer: int):
+    def __init__(self, attention: nn.Module, ffn: nn.Module, d_model: int, eps: float):
         super().__init__()
-        self.attention_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attention = GroupedQueryAttention(config, layer)
-        self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.ffn = SwiGLU(config)
+        self.attention_norm = RMSNorm(d_model, eps)
+        self.attention = attention
+        self.ffn_norm = RMSNorm(d_model, eps)
+        self.ffn = ffn
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.attention(self.attention_norm(x), context)
@@ -322,27 +392,75 @@ class Llama(nn.Module):
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
+        self.config = c = config
+        self.embedding = nn.Embedding(c.vocab_size, c.d_model)
+        self.blocks = nn.ModuleList(
+            Block(
+                GroupedQueryAttention(layer, c.d_model, c.n_head, c.n_kv_head, c.d_head),
+                SwiGLU(c.d_model, c.d_ff),
+                c.d_model,
+                c.norm_eps,
+            )
+            for layer in range(c.n_layer)
+        )
+        self.norm = RMSNorm(c.d_model, c.norm_eps)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        if c.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.rotary = RotaryTable(config)
+        self.rotary = RotaryTable(rotary_frequencies(c.d_head, c.rope_theta, c.rope_scaling))
         self.initialize()
 
     def initialize(self) -> None:
         """Weights from N(0, 1/columns), so that a product has the variance of what goes in.
 
-        The two that write to the residual stream get 1/√(2·n_layer) of that: all 2·n_layer of them
-        together then add what one would (Radford et al. 2019, GPT-2, §2.3).
+        The two of each block that write to the residual stream get 1/√(2·n_layer) of that: all
+        2·n_layer of them together then add what one would (Radford et al. 2019, GPT-2, §2.3).
         """
-        for name, weight in self.named_parameters():
-            if weight.dim() == 2:
-                writes = name.endswith(("wo.weight", "w2.weight"))
-                depth = 2 * self.config.n_layer if writes else 1
-                nn.init.normal_(weight, std=(weight.shape[1] * depth) ** -0.5)
+        for name, weight in self.named_parameters(remove_duplicate=False):
+            if weight.dim() > 1:  # matrices, and stacks of them; gains of norms stay 1
+                depth = 2 * self.config.n_layer if re.search(r"\.(wo|w2)\b", name) else 1
+                nn.init.normal_(weight, std=(weight.shape[-1] * depth) ** -0.5)
+
+    def new_cache(self, batch_size: int, n_slot: int) -> KVCache:
+        """An empty cache for batch_size rows of up to n_slot tokens."""
+        c = self.config
+        shape = (batch_size, c.n_kv_head, n_slot, c.d_head)
+        return KVCache(c.n_layer, shape, like=self.embedding.weight)
+
+    def features(
+        self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """What the last block says of each token, normalised: (B, T, D). See `forward`."""
+        T, start = tokens.shape[1], cache.length if cache else 0
+        in_order = positions is None  # all rows are equally long
+        if cache is None or in_order:
+            self.refuse_too_long(start + T, positions)
+        if in_order:
+            positions = torch.arange(start, start + T, device=tokens.device).unsqueeze(0)
+        if in_order and cache:
+            cache.grow(T)
+        n_slot, n_position = T, self.config.seq_len
+        if cache:
+            n_slot, n_position = cache.length, min(cache.n_slot, n_position)
+        elif in_order:
+            n_position = T
+        # without a cache, tokens see those before them in the row, whatever their positions
+        causal = cache is None or (in_order and start == 0)
+        sees_all = in_order and T == 1
+
+        x = self.embedding(tokens)  # (B, T, D)
+        dtype = compute_dtype(x)
+        context = Context(
+            rotary=self.rotary(positions, n_position, dtype),
+            mask=None if causal or sees_all else causal_mask(positions, n_slot, dtype),
+            causal=causal and T > 1,
+            attend=fastest_attention(x.device, dtype, T, n_slot),
+            cache=cache,
+            slots=positions[:, None, :, None],
+        )
+        for block in self.blocks:
+            x = block(x, context)
+        return self.norm(x)  # (B, T, D)
 
     def forward(
         self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None
@@ -351,29 +469,15 @@ class Llama(nn.Module):
 
         With a cache the tokens go on from what it holds, every row at slot `cache.length`. Rows of
         different length give their `positions`, (B, T) int64; who does so grows the cache himself.
+        Raises ValueError for more tokens, or later positions, than the context has.
         """
-        T, start = tokens.shape[1], cache.length if cache else 0
-        same = positions is None  # all rows are equally long
-        if same:
-            positions = torch.arange(start, start + T, device=tokens.device).unsqueeze(0)
-        if same and cache:
-            cache.grow(T)
-        n_slot = cache.length if cache else T
+        return self.head(self.features(tokens, cache, positions))  # (B, T, V)
 
-        x = self.embedding(tokens)  # (B, T, D)
-        dtype = compute_dtype(x)
-        products = products_are_faster(x, dtype, n_slot)
-        plain = same and (start == 0 or T == 1) and not products
-        context = Context(
-            rotary=self.rotary(positions, dtype),
-            mask=None if plain else causal_mask(positions, n_slot, dtype),
-            attend=attention if products else fused_attention,
-            cache=cache,
-            slots=positions[:, None, :, None],
-        )
-        for block in self.blocks:
-            x = block(x, context)
-        return self.head(self.norm(x))  # (B, T, V)
+    def refuse_too_long(self, n_token: int, positions: Tensor | None) -> None:
+        """ValueError if the context is too short for so many tokens or for these positions."""
+        longest = n_token if positions is None else max(n_token, int(positions.max()) + 1)
+        if longest > self.config.seq_len:
+            raise ValueError(f"{longest} tokens are more than the context of {self.config.seq_len}")
 
     def flops_per_token(self, seq_len: int) -> int:
         """Multiply-adds × 2 to train on one token: 6 a weight, 12 a key channel and position.
@@ -381,11 +485,10 @@ class Llama(nn.Module):
         (Kaplan et al. 2020, arXiv:2001.08361, §2.1: forward 2, backward 4.) The lookup of the
         embedding costs nothing and so is not counted, its use as the head is.
         """
-        sizes = self.config
-        n_weight = sum(weight.numel() for weight in self.parameters() if weight.dim() == 2)
-        if not sizes.tie_embeddings:
-            n_weight -= self.embedding.weight.numel()
-        return 6 * n_weight + 12 * sizes.n_layer * sizes.n_head * sizes.d_head * seq_len
+        c = self.config
+        matrices = [m.weight for m in self.modules() if isinstance(m, nn.Linear)]
+        n_weight = sum(matrix.numel() for matrix in matrices)
+        return 6 * n_weight + 12 * c.n_layer * c.n_head * c.d_head * seq_len
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -10,13 +10,15 @@ from collections.abc import Iterator
 
 import torch
 
-import run
+import hardware
 import train
 from generate import Sampling, generate
 from model import Llama, LlamaConfig, RotaryTable, rotary_frequencies
-from run import UserError
+from options import UserError, from_options
 
-SIZES = LlamaConfig(97, 64, 2, 4, 2, 64, 16, 96)
+SIZES = LlamaConfig(
+    vocab_size=97, seq_len=64, n_layer=2, n_head=4, n_kv_head=2, d_model=64, d_head=16, d_ff=96
+)
 TOLERANCE = 1e-4  # of the largest number: what float32 and another order of summation may cost
 
 
@@ -25,9 +27,9 @@ def one_step(model: Llama, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     logits = model(rows[:, :-1])
     (train.loss_sum(logits, rows[:, 1:]) / rows[:, 1:].numel()).backward()
-    gradient = model.blocks[0].attention.wqkv.weight.grad.clone()
+    gradient = model.blocks[0].attention.wq.weight.grad.clone()
     optimizer.step()
-    weight = model.blocks[0].attention.wqkv.weight
+    weight = model.blocks[0].attention.wq.weight
     found = {"forward": logits, "backward": gradient, "step": weight}
     return {name: tensor.detach().cpu() for name, tensor in found.items()}
 
@@ -55,17 +57,17 @@ def cached_is_uncached(device: torch.device) -> tuple[str, float, float]:
 
 def rotary_is_exact(device: torch.device) -> tuple[str, float, float]:
     """cos at position 4,095 against float64, on the device."""
-    config = LlamaConfig(seq_len=4096)
-    table = RotaryTable(config)(torch.tensor([[4095]], device=device), torch.float32)[0]
-    exact = (4095 * rotary_frequencies(config)).cos()
+    frequencies = rotary_frequencies(d_head=32)
+    table = RotaryTable(frequencies)(torch.tensor([[4095]], device=device), 4096, torch.float32)[0]
+    exact = (4095 * frequencies).cos()
     error = (table.flatten().cpu().double()[: len(exact)] - exact).abs().max()
     return "rotary angle at position 4,095", error.item(), 1e-6
 
 
 def main(args) -> None:
     """Print a line for each check. UserError names the device that lies."""
-    device, why = run.choose_device(run.from_options(train.TrainConfig(), args).device)
-    run.seed_everything(0)
+    device, why = hardware.choose_device(from_options(train.TrainConfig(), args).device)
+    hardware.seed_everything(0)
     print(f"device {device}: {why}; torch {torch.__version__}")
     checks = [*against_cpu(device), cached_is_uncached(device), rotary_is_exact(device)]
     for name, error, tolerance in checks:

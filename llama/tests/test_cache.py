@@ -8,22 +8,35 @@ import torch
 import generate as generation
 import model as model_file
 from generate import Sampling, generate, prefill
-from model import KVCache, Llama, LlamaConfig, attention, fused_attention
+from model import Llama, LlamaConfig, attention, fused_attention
 
 T = 13
 PROMPTS = [[5], [7, 11, 13, 17, 19], [23, 29, 31, 37, 41, 43, 47, 53, 59], [61, 67, 71]]
 
 
-@pytest.fixture(params=["products", "fused"], autouse=True)
-def path(request, monkeypatch):
+@pytest.fixture(params=[attention, fused_attention], autouse=True)
+def attend(request, monkeypatch):
     """Both ways to compute attention, whichever this machine prefers."""
-    wanted = request.param == "products"
-    monkeypatch.setattr(model_file, "products_are_faster", lambda *_: wanted)
-    return attention if wanted else fused_attention
+    monkeypatch.setattr(model_file, "fastest_attention", lambda *_: request.param)
 
 
 def llama(n_kv_head: int = 2) -> Llama:
-    return Llama(LlamaConfig(97, 40, 2, 4, n_kv_head, 24, 10, 36)).double().eval()
+    return (
+        Llama(
+            LlamaConfig(
+                vocab_size=97,
+                seq_len=40,
+                n_layer=2,
+                n_head=4,
+                n_kv_head=n_kv_head,
+                d_model=24,
+                d_head=10,
+                d_ff=36,
+            )
+        )
+        .double()
+        .eval()
+    )
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -37,7 +50,7 @@ def tokens(batch_size: int, n_token: int = T) -> torch.Tensor:
 @torch.no_grad()
 def in_chunks(model: Llama, rows: torch.Tensor, cuts: list[int]) -> torch.Tensor:
     """Logits of rows fed through a cache in pieces that end at `cuts`."""
-    cache = KVCache(model.config, len(rows), rows.shape[1], like=model.embedding.weight)
+    cache = model.new_cache(len(rows), rows.shape[1])
     pieces = itertools.pairwise([0, *cuts, rows.shape[1]])
     return torch.cat([model(rows[:, a:b], cache) for a, b in pieces if a < b], dim=1)
 
@@ -132,7 +145,7 @@ def test_second_generation_is_the_first():
 
 def test_cache_that_is_full_says_so():
     model = llama()
-    cache = KVCache(model.config, 1, 4, like=model.embedding.weight)
+    cache = model.new_cache(1, 4)
     model(tokens(1, 3), cache)
     with pytest.raises(ValueError, match=r"3 \+ 2 tokens do not fit 4 slots"):
         model(tokens(1, 2), cache)
@@ -141,6 +154,6 @@ def test_cache_that_is_full_says_so():
 def test_cache_has_the_stated_size():
     """2 · n_layer · B · n_slot · K · C = 2·2·3·7·2·10 = 1,680 numbers."""
     model = llama()
-    cache = KVCache(model.config, 3, 7, like=model.embedding.weight)
+    cache = model.new_cache(3, 7)
     assert sum(t.numel() for t in cache.keys + cache.values) == 1680
     assert {t.dtype for t in cache.keys + cache.values} == {torch.float64}

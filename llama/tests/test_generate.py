@@ -15,12 +15,13 @@ from generate import (
     StopText,
     choose,
     generate,
+    nucleus,
     overlap,
     probabilities,
     write,
 )
-from model import Llama, LlamaConfig
-from run import UserError
+from model import KVCache, Llama, LlamaConfig
+from options import UserError
 from tokenizer import ByteTokenizer
 
 EOS = 257
@@ -35,13 +36,23 @@ class Scripted(nn.Module):
         self.embedding = nn.Embedding(258, 4)
         self.script = script
 
-    def forward(self, tokens, cache, positions=None):
+    def new_cache(self, batch_size, n_slot):
+        return KVCache(1, (batch_size, 1, n_slot, 2), like=self.embedding.weight)
+
+    def features(self, tokens, cache, positions=None):
+        """What it says, as an id."""
         B, T = tokens.shape
         if positions is None:
             positions = torch.arange(cache.length, cache.length + T).expand(B, T)
             cache.grow(T)
         said = [[self.script[b][p + 1] for p in row] for b, row in enumerate(positions.tolist())]
-        return nn.functional.one_hot(torch.tensor(said), 258).float() * 9
+        return torch.tensor(said)
+
+    def head(self, said):
+        return nn.functional.one_hot(said, 258).float() * 9
+
+    def forward(self, tokens, cache, positions=None):
+        return self.head(self.features(tokens, cache, positions))
 
 
 GREEDY = Sampling(temperature=0)
@@ -99,6 +110,58 @@ def test_top_p_is_the_smallest_set_with_that_mass():
         best = max((s for s in enough if len(s) == fewest), key=lambda s: p[list(s)].sum())
         kept = probabilities(p.log()[None], Sampling(1.0, top_p=top_p))[0].nonzero().flatten()
         assert kept.tolist() == sorted(best)
+
+
+def by_full_sort(p: torch.Tensor, top_k: int, top_p: float) -> torch.Tensor:
+    """What `nucleus` must give, from all tokens sorted: plain, and slow for a large vocabulary."""
+    kept, order = p.sort(dim=-1, descending=True, stable=True)
+    kept[:, top_k or p.shape[1] :] = 0
+    before = kept.cumsum(dim=-1) - kept
+    inside = before < top_p * kept.sum(dim=-1, keepdim=True)
+    inside[:, 0] = True
+    return torch.zeros_like(p).scatter(1, order, kept * inside)
+
+
+def some_distributions(n_row: int, n_token: int, sharpness: float, ties: bool) -> torch.Tensor:
+    logits = sharpness * torch.randn(n_row, n_token, dtype=torch.float64)
+    if ties:  # steps of a half: thousands of tokens are exactly as likely as others
+        logits = (2 * logits).round() / 2
+    return logits.softmax(dim=-1)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("sharpness", [0.0, 0.3, 1.0, 3.0, 8.0])
+def test_nucleus_is_that_of_a_full_sort(sharpness, ties):
+    """30 distributions for each of the ten cases, flat and sharp ones, over 5,000 tokens."""
+    p = some_distributions(30, 5000, sharpness, ties)
+    for top_k, top_p in [(0, 0.9), (0, 0.5), (0, 0.999), (7, 1.0), (50, 0.8), (4000, 0.9),
+                         (1, 0.5), (5000, 0.95), (9999, 0.3), (0, 1e-9)]:  # fmt: skip
+        got = nucleus(p, top_k, top_p)
+        assert torch.equal(got, by_full_sort(p, top_k, top_p)), (top_k, top_p)
+
+
+def test_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort():
+    p = some_distributions(2, 128_256, 2.0, ties=True)
+    for top_k, top_p in [(0, 0.9), (40, 0.9), (0, 0.9999)]:
+        assert torch.equal(nucleus(p, top_k, top_p), by_full_sort(p, top_k, top_p))
+
+
+def test_of_equally_likely_tokens_the_first_are_kept():
+    p = torch.full((2, 3000), 1 / 3000, dtype=torch.float64)
+    assert nucleus(p, 3, 1.0).nonzero()[:, 1].tolist() == [0, 1, 2, 0, 1, 2]
+    assert nucleus(p, 0, 0.5)[0].nonzero().flatten().tolist() == list(range(1500))
+    assert nucleus(p.flip(0), 2000, 0.5)[1].nonzero().flatten().tolist() == list(range(1000))
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_refused(temperature, bad):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = bad
+    with pytest.raises(UserError, match="not finite: its weights are damaged"):
+        choose(logits, Sampling(temperature), dice(2))
+    logits[1, 3] = -math.inf  # a token that never comes is fine
+    assert 3 not in choose(logits, Sampling(temperature), dice(2)).tolist()[1:]
 
 
 def test_rows_are_filtered_each_by_itself():
@@ -226,7 +289,7 @@ def test_prompt_that_cannot_go_on_is_refused(prompts, message):
 
 
 def test_seed_decides_what_is_drawn():
-    model = Llama(LlamaConfig(97, 40, 1, 2, 1, 16, 8, 16))
+    model = Llama(LlamaConfig(vocab_size=97, seq_len=40, n_layer=1))
     first, again, other = (list(generate(model, [[3]], 20, seed=seed)) for seed in (5, 5, 6))
     assert first == again != other
 
@@ -252,7 +315,7 @@ def written(text: str, stops: list[str] | None = None, prompt: str = "", **confi
     """What `write` returns, and the pieces that it showed."""
     pieces = []
     whole = write(
-        loaded(text, prompt), SampleConfig(prompt, **config), GREEDY, 0, stops, pieces.append
+        loaded(text, prompt), SampleConfig(prompt, **config), GREEDY, 0, stops, show=pieces.append
     )
     return whole, pieces
 
@@ -300,7 +363,7 @@ def test_first_sample_is_shown_while_it_is_made(monkeypatch):
             yield [token]
 
     monkeypatch.setattr(generation, "generate", steps)
-    write(loaded("abc"), SampleConfig(), GREEDY, 0, [], shown.append)
+    write(loaded("abc"), SampleConfig(), GREEDY, 0, [], show=shown.append)
     assert seen == ["", "a", "ab"]
 
 

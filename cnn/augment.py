@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Split
+from model import evaluating
 
 TEST_SHIFTS = ((0, 0), (-1, -1), (-1, 1), (1, -1), (1, 1))  # (down, right)
 ASYMMETRY = 0.02  # of the brightness, see `mirror_matters`
@@ -97,21 +98,27 @@ def predict(
 
     averaged: what to average over beside the picture itself, of "flip" and "shift".
     """
-    like = next(t for t in model.state_dict().values() if t.is_floating_point())
-    was_training = model.training
-    model.eval()
+    like = first_number(model)
     shifts = TEST_SHIFTS if "shift" in averaged else TEST_SHIFTS[:1]
     mirrors = (False, True) if "flip" in averaged else (False,)
-    found = []
-    for part in images.split(batch):
-        part = part.to(like.device)
-        same = torch.ones(len(part), dtype=torch.int64, device=like.device)
-        total = 0
-        for dy, dx in shifts:
-            for mirror in mirrors:
-                seen = view(part, dy * same, dx * same, same == int(mirror))
-                logits = model(normalize(seen, mean, std).to(like.dtype))
-                total = total + logits.double().softmax(1).cpu()
-        found.append(total / (len(shifts) * len(mirrors)))
-    model.train(was_training)
-    return torch.cat(found)
+    answers = []
+    with evaluating(model):
+        for part in images.split(batch):
+            part = part.to(like.device)
+            same = torch.ones(len(part), dtype=torch.int64, device=like.device)
+            total = 0
+            for dy, dx in shifts:
+                for mirror in mirrors:
+                    seen = view(part, dy * same, dx * same, same == int(mirror))
+                    logits = model(normalize(seen, mean, std).to(like.dtype))
+                    total = total + logits.double().softmax(1).cpu()
+            answers.append(total / (len(shifts) * len(mirrors)))
+    return torch.cat(answers)
+
+
+def first_number(model: nn.Module) -> Tensor:
+    """A tensor on the model's device, in its number format; eight-bit models keep integers too."""
+    for tensor in model.state_dict().values():
+        if tensor.is_floating_point():
+            return tensor
+    raise ValueError("the model holds no numbers")

@@ -2,14 +2,15 @@
 
 All in one process, taking turns. Each ratio is above 1 where ours is faster.
 
-    train      a whole step. Ours: `train.Trainer` with all the default recipe has (augmentation,
-               Muon, averaged weights). Theirs: the same network in torch.nn, float32, NCHW, SGD
+    train      a whole step. Ours: `train.PictureTrainer` with all the default recipe has
+               (augmentation, Muon, averaged weights), in this machine's number format and in
+               float32. Theirs: the same network in torch.nn, float32, NCHW, SGD
     time       seconds of training until validation reaches 99 % (of the ceiling, where one is
                known). Theirs: Adam at 1e-3, batches of 128, as most scripts begin
     scratch    our own convolution against torch's, forward and backward, float32
     limits     both against the rate of matrix products
 
-`--data ../../shared/data/mnist` measures on MNIST, otherwise on shapes-10.
+`--data hf:ylecun/mnist` measures on MNIST, otherwise on shapes-10.
 """
 
 import dataclasses
@@ -24,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import hardware
 import layers
-import run
 import train
 from model import PRESETS, NetConfig, build, macs
-from run import say
+from options import say
+from run import write_json
+from trainer import asked_for
 
 RESULT = Path(__file__).resolve().parent / "runs" / "bench.json"
 ROUNDS, GOAL, SEEDS, PATIENCE = 7, 0.99, (0, 1, 2), 2000
@@ -87,21 +90,19 @@ class Ours:
     """The default training, a step at a time."""
 
     def __init__(self, config: train.TrainConfig, dataset: data.Dataset, dtype: torch.dtype):
-        run.seed_everything(config.seed)
-        device, _ = run.choose_device(config.device)
-        model, self.sizes = train.network(config, PRESETS["fast"], dataset)
-        self.trainer, self.n = train.Trainer(config, model.to(device), dataset, dtype), 0
-        self.batch_size = config.batch_size
+        hardware.seed_everything(config.seed)
+        device, _ = hardware.choose_device(config.device)
+        self.sizes = train.sizes_for(PRESETS["fast"], dataset)
+        model = train.network(config, self.sizes).to(device)
+        self.trainer = train.PictureTrainer(config, self.sizes, model, dataset, dtype)
+        self.n, self.batch_size = 0, config.batch_size
 
     def step(self) -> None:
-        self.trainer.step(self.n % self.trainer.config.steps, 0, 1)
+        self.trainer.step(self.n % self.trainer.config.steps)
         self.n += 1
 
     def accuracy(self) -> float:
-        trainer = self.trainer
-        return train.evaluate(
-            trainer.average, trainer.dataset.valid, trainer.dataset, trainer.dtype
-        )["accuracy"]
+        return self.trainer.score()["accuracy"]
 
 
 class Plain:
@@ -110,7 +111,7 @@ class Plain:
     def __init__(self, ours: Ours, batch_size: int, optimizer: Callable):
         trainer = ours.trainer
         self.trainer, self.device = trainer, trainer.device
-        self.net = copied(plain_net(ours.sizes), trainer.average).to(self.device)
+        self.net = copied(plain_net(ours.sizes), trainer.scored).to(self.device)
         mean, std = (torch.tensor(x, device=self.device).view(-1, 1, 1)
                      for x in (trainer.dataset.mean, trainer.dataset.std))  # fmt: skip
         self.normalize = lambda images: (images.float() / 255 - mean) / std
@@ -182,9 +183,10 @@ def training(config: train.TrainConfig, dataset, dtype: torch.dtype) -> dict:
     times = seconds({name: side.step for name, side in sides.items()})
     speed = {name: config.batch_size / t for name, t in times.items()}
     for name, value in speed.items():
-        print(f"train      {name:20s} {value:9,.0f} pictures/s")
-    flops = 6 * macs(ours.trainer.average, ours.sizes) * speed["ours"]
-    peak = run.matmul_rate(ours.trainer.device, dtype)
+        ratio = times["plain torch"] / times[name]
+        print(f"train      {name:16s} {value:9,.0f} pictures/s, {ratio:.2f} × the plain script")
+    flops = 6 * macs(ours.trainer.scored, ours.sizes) * speed["ours"]
+    peak = hardware.matmul_rate(ours.trainer.device, dtype)
     return {
         "train_vs_torch": round(times["plain torch"] / times["ours"], 3),
         "train_float32_vs_torch": round(times["plain torch"] / times["ours in float32"], 3),
@@ -196,7 +198,7 @@ def training(config: train.TrainConfig, dataset, dtype: torch.dtype) -> dict:
 def scratch(device: torch.device) -> dict:
     """Our convolution and torch's, forward and backward, on 64 pictures."""
     ratios, fractions = [], []
-    peak = run.matmul_rate(device, torch.float32)
+    peak = hardware.matmul_rate(device, torch.float32)
     for c_in, c_out, side in CONVOLUTIONS:
         x = torch.randn(64, c_in, side, side, device=device, requires_grad=True)
         work = {}
@@ -226,17 +228,17 @@ def same_numbers() -> None:
 
 def main(args) -> None:
     """Measure all of it; print tables and, last, one line of JSON."""
-    config = train.absolute(run.from_options(train.TrainConfig(), args))
-    device, _ = run.choose_device(config.device)
-    dtype, why = run.choose_dtype(config.dtype, device)
+    config, _ = asked_for(args, train.TrainConfig(), PRESETS["fast"], ("shapes-10",))
+    device, _ = hardware.choose_device(config.device)
+    dtype, why = hardware.choose_dtype(config.dtype, device)
     say(f"{device}, {dtype} ({why}), {torch.get_num_threads()} threads, torch {torch.__version__}")
-    run.seed_everything(config.seed)
+    hardware.seed_everything(config.seed)
     same_numbers()
     dataset = data.load(config.data)
     line = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     line |= {"data": Path(dataset.name).name}
     line |= training(config, dataset, dtype) | scratch(device)
     line |= time_to_accuracy(config, dataset, dtype)
-    RESULT.parent.mkdir(exist_ok=True)
-    run.write_json(RESULT, line)
+    RESULT.parent.mkdir(parents=True, exist_ok=True)
+    write_json(RESULT, line)
     print(json.dumps(line))

@@ -10,7 +10,7 @@ Our names are torchvision's. A file says nothing about the network but the shape
 with; both sources took ImageNet's, so those travel with the weights.
 """
 
-import json
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +20,17 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import data
 import quantize
+from loop import save_tensors
 from model import NetConfig, build
-from run import RunDirectory, UserError, whole_file
+from options import UserError, make_config
+from run import RunDirectory, place_to_export, read_json, whole_file, write_json
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
-AKAMASTER = {"fc": "linear", "downsample": "shortcut"}  # ours and torchvision's: theirs
+AKAMASTER = {"fc": "linear", "downsample": "shortcut"}  # our and torchvision's name: akamaster's
+OURS = {theirs: mine for mine, theirs in AKAMASTER.items()}
+VIEWS = ("flip", "shift")
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Loaded:
     std: list[float]
     views: tuple[str, ...] = ()
     source: str | None = None  # of the training data
+    seed: int = 0  # of its validation part
+    image_size: int = 0  # that the pictures were brought to, see data.py
 
     @property
     def facts(self) -> dict:
@@ -47,6 +54,24 @@ class Loaded:
         pictures = {"name": self.source, "classes": self.classes}
         pictures |= {"mean": self.mean, "std": self.std}
         return {"model": asdict(self.sizes), "data": pictures, "views": self.views}
+
+    def dataset(self, source: str | None = None, image_size: int = 0) -> data.Dataset:
+        """The data of `source`, else what it was trained on, decoded only if that is needed."""
+        folder = self.path if self.path.is_dir() else self.path.parent
+        size = image_size or self.image_size
+        return data.load(source or self.source, self.seed, size, folder / "pictures.npz")
+
+    def refuse_changes(self, asked: dict, preset: NetConfig | None) -> None:
+        """UserError if the command line asks for another network than these weights are of."""
+        parts = ("net", "width", "depth", "n_stage", "shortcut", "stem")
+        if preset:
+            asked = {name: getattr(preset, name) for name in parts} | asked
+        for name, value in asked.items():
+            mine = getattr(self.sizes, name)
+            unused = self.sizes.net != "resnet" and name not in ("net", "width")
+            if name in parts and value != mine and not unused:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} {value}: the network in --weights {self.path} has {mine}")
 
     def refuse_misfits(self, name: str | None, classes: tuple, images: Tensor) -> None:
         """UserError where the network cannot be tried on these images (N, C, H, W)."""
@@ -61,53 +86,54 @@ class Loaded:
             )
 
 
-def read_config(folder: Path) -> dict:
-    """The config.json of a folder; {} if there is none. UserError if it is damaged."""
-    file = folder / "config.json"
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}") from None
-    return content if isinstance(content, dict) else {}
-
-
 def load(path: str | Path) -> Loaded:
     """Read a run, an exported folder or a file, in float32. UserError says what is wrong."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
     folder = path if path.is_dir() else path.parent
-    config = read_config(folder)
+    config = read_json(folder / "config.json", optional=True)
     if "model" not in config:
         if path.is_dir():
             raise UserError(f"{path} has no config.json of a run; name the file of the weights")
         return load_file(path)
+    sizes = make_config(NetConfig, config["model"], f"{folder}/config.json, model")
     try:
-        sizes, pictures = NetConfig(**config["model"]), config["data"]
-        constants = [[float(x) for x in pictures[name]] for name in ("mean", "std")]
-        if [len(x) for x in constants] != [sizes.channels] * 2 or not all(constants[1]):
-            raise ValueError(f"mean and std must be {sizes.channels} numbers, std not 0")
-        classes = tuple(map(str, pictures["classes"]))
-        if len(classes) != sizes.n_class:
-            raise ValueError(f"{len(classes)} classes, the network has {sizes.n_class}")
-        loaded = Loaded(path, build(sizes), sizes, classes, *constants,
-                        tuple(config.get("views", ())), pictures["name"])  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json: {error}") from None
+        known = picture_facts(config, sizes)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UserError(f"{folder}/config.json: {what}") from None
+    model = build(sizes)
     if config.get("int8"):
-        loaded.model = quantize.skeleton(loaded.model)
-    run = RunDirectory(folder)
-    file = path if path.is_file() else run.weights
-    state = read_tensors(file if file.exists() else folder / "weights.pth")
-    loaded.model = fill(loaded.model, ours(state), file)
-    return loaded
+        model = quantize.skeleton(model)
+    weights = RunDirectory(folder).weights
+    file = path if path.is_file() else weights if weights.exists() else folder / "weights.pth"
+    return Loaded(path, fill(model, to_our_names(read_tensors(file)), file), sizes, **known)
+
+
+def picture_facts(config: dict, sizes: NetConfig) -> dict:
+    """What config.json says of the pictures, as fields of Loaded. Raises for what is unfit."""
+    pictures, trained = config["data"], config.get("train", {})
+    mean, std = ([float(x) for x in pictures[name]] for name in ("mean", "std"))
+    usable = all(map(math.isfinite, mean + std)) and all(std)
+    if [len(mean), len(std)] != [sizes.channels] * 2 or not usable:
+        raise ValueError(f"mean and std must be {sizes.channels} numbers, std not 0")
+    classes = tuple(map(str, pictures["classes"]))
+    if len(classes) != sizes.n_class:
+        raise ValueError(f"{len(classes)} classes, the network has {sizes.n_class}")
+    source, views = pictures["name"], config.get("views", [])
+    if not isinstance(source, str | None) or not set(views) <= set(VIEWS):
+        raise ValueError(f"name must be a text, views some of {', '.join(VIEWS)}")
+    numbers = {name: trained.get(name, 0) for name in ("seed", "image_size")}
+    if any(type(value) is not int or value < 0 for value in numbers.values()):
+        raise ValueError("seed and image_size must be numbers of at least 0")
+    known = {"classes": classes, "mean": mean, "std": std, "views": tuple(views), "source": source}
+    return known | numbers
 
 
 def load_file(file: Path) -> Loaded:
     """A ResNet from a file of torchvision's or akamaster's."""
-    state = ours(read_tensors(file))
+    state = to_our_names(read_tensors(file))
     sizes = identify(state, file)
     classes = tuple(str(i) for i in range(sizes.n_class))
     if sizes.channels != 3:
@@ -131,18 +157,24 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):  # training scripts put them beside other things
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
-    if not (isinstance(content, dict) and content and all(map(torch.is_tensor, content.values()))):
+    if not isinstance(content, dict) or not content or not all(map(is_named, content.items())):
         raise UserError(f"{file} holds something else than named tensors")
     return dict(content)
 
 
-def ours(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def is_named(item: tuple) -> bool:
+    """Is this a name and an ordinary tensor of numbers?"""
+    name, tensor = item
+    plain = isinstance(name, str) and torch.is_tensor(tensor) and tensor.layout == torch.strided
+    return plain and not (tensor.is_complex() or tensor.is_quantized or tensor.is_meta)
+
+
+def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of torchvision or akamaster as ours."""
     renamed = {}
     for name, tensor in state.items():
         parts = name.removeprefix("module.").split(".")
-        back = {theirs: mine for mine, theirs in AKAMASTER.items()}
-        renamed[".".join(back.get(part, part) for part in parts)] = tensor
+        renamed[".".join(OURS.get(part, part) for part in parts)] = tensor
     return renamed
 
 
@@ -161,12 +193,22 @@ def identify(state: dict[str, Tensor], file: Path) -> NetConfig:
         counts = ", ".join(str(n) for _, n in sorted(stages.items()))
         raise UserError(f"{file} has stages of {counts} blocks; supported are equal ones")
     large = first.shape[2] == 7
-    return NetConfig(
-        "resnet", first.shape[0], 2 * sum(stages.values()) + 2, len(stages),
-        "B" if any(".downsample." in name for name in state) else "A",
-        "imagenet" if large else "cifar", channels=first.shape[1], n_class=len(head),
-        **dict.fromkeys(("image_height", "image_width"), 224 if large else 32),
-    )  # fmt: skip
+    side = 224 if large else 32
+    try:
+        return NetConfig(
+            net="resnet",
+            width=first.shape[0],
+            depth=2 * sum(stages.values()) + 2,
+            n_stage=len(stages),
+            shortcut="B" if any(".downsample." in name for name in state) else "A",
+            stem="imagenet" if large else "cifar",
+            channels=first.shape[1],
+            image_height=side,
+            image_width=side,
+            n_class=len(head),
+        )
+    except ValueError as error:
+        raise UserError(f"{file} is no ResNet that can be built: {error}") from None
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> nn.Module:
@@ -186,7 +228,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> nn.Mo
     return model
 
 
-def theirs(model: nn.Module, sizes: NetConfig) -> dict[str, Tensor]:
+def to_foreign_names(model: nn.Module, sizes: NetConfig) -> dict[str, Tensor]:
     """The weights under the names of akamaster (CIFAR ResNets), else of torchvision."""
     names = AKAMASTER if sizes.net == "resnet" and sizes.stem == "cifar" else {}
     return {
@@ -197,24 +239,21 @@ def theirs(model: nn.Module, sizes: NetConfig) -> dict[str, Tensor]:
 
 def export(loaded: Loaded, folder: str | Path) -> None:
     """Write weights.pth, a state dict as torch users expect it, and what to know beside it."""
-    run = RunDirectory(folder)
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        with whole_file(run.path / "weights.pth") as part:
-            torch.save(theirs(loaded.model, loaded.sizes), part)
-        run.save_config(loaded.facts)
-    except OSError as error:
-        raise UserError(f"cannot write to --export {folder}: {error.strerror}") from None
+    folder = place_to_export(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_file(folder / "weights.pth") as part:
+        try:
+            torch.save(to_foreign_names(loaded.model, loaded.sizes), part)
+        except RuntimeError as error:  # its word for a full disk
+            raise UserError(f"cannot write {folder}/weights.pth: {error}") from None
+    write_json(folder / "config.json", loaded.facts)
 
 
 def export_int8(loaded: Loaded, pictures: Tensor, folder: str | Path) -> Loaded:
     """Write the network in eight bits, its ranges measured on `pictures`. Returns that network."""
+    folder = place_to_export(folder)
     small = replace(loaded, model=quantize.quantize(loaded.model, pictures))
-    run = RunDirectory(folder)
-    try:
-        run.path.mkdir(parents=True, exist_ok=True)
-        run.save_weights(small.model.state_dict())
-        run.save_config(small.facts | {"int8": True})
-    except OSError as error:
-        raise UserError(f"cannot write to --export {folder}: {error.strerror}") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(RunDirectory(folder).weights, small.model.state_dict())
+    write_json(folder / "config.json", small.facts | {"int8": True})
     return small

@@ -9,13 +9,19 @@
     hf:OWNER/NAME, or hf:FOLDER             the split test, if there
 
 Where a source has no test part, a tenth is held out, the same one whatever the seed: no run ever
-trains on it. The validation part is taken from the rest and depends on the seed. Choices are made
-on it and never on the test part.
+trains on it. Choices are made on the validation part and never on the test part. It is val/CLASS/,
+x_valid and y_valid or the split validation; without those a tenth of the rest, which then depends
+on the seed.
+
+Pictures are read once: `Dataset.save` keeps the decoded parts of a folder of pictures or of a set
+of the Hub in one file, and `load(…, cache=file)` takes them from there as long as the source is
+unchanged.
 
 Key: N pictures, C channels (1 grey, 3 colour), H and W their size.
 """
 
 import functools
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +33,7 @@ from torch import Tensor
 
 import formats
 import shapes
-from run import UserError
+from options import UserError
 
 MOST_CLASSES = 10_000
 HELD_OUT = 0.1
@@ -58,6 +64,8 @@ class Dataset:
     valid: Split
     test: Split
     ceiling: float | None = None
+    notes: str = ""  # what was done to the pictures, in words
+    stamp: str = ""  # what `load` compares a cache with; none if the source is quick to read
 
     @property
     def mean(self) -> list[float]:
@@ -81,29 +89,63 @@ class Dataset:
         mean, std = zip(*moments, strict=True)
         return list(mean), list(std)
 
+    def save(self, file) -> None:
+        """Write the parts to an open file, an .npz that `load` knows as a cache."""
+        arrays = {"classes": np.array(self.classes), "stamp": np.array([self.stamp])}
+        for name in ("train", "test", "valid"):
+            part = getattr(self, name)
+            arrays |= {f"x_{name}": part.images.numpy(), f"y_{name}": part.labels.numpy()}
+        np.savez(file, **arrays)
+
 
 class Source(NamedTuple):
-    """What stands in a source, in its order; test is None where there is no such part."""
+    """What stands in a source, in its order; None for a part that is not there."""
 
     classes: tuple[str, ...]
     train: Split
     test: Split | None
+    valid: Split | None
+    notes: str = ""
 
 
-def load(source: str | None = None, seed: int = 0) -> Dataset:
+def load(
+    source: str | None = None, seed: int = 0, image_size: int = 0, cache: Path | None = None
+) -> Dataset:
     """Read a source (see the top of this file) and split it; `seed` chooses the validation part.
+
+    image_size: scale and crop all pictures to this many pixels a side; 0 takes them as they are.
+    cache: a file that `Dataset.save` wrote. It is taken instead if it is of the same source.
 
     Raises UserError for what is missing, damaged, too large, or does not fit together.
     """
-    classes, train, test = read(source)
-    if len(train) < 3:
-        raise UserError(f"--data {source} has {len(train)} pictures: three parts need more")
+    name = source or "shapes-10"
+    with formats.complaining(f"--data {name}"):
+        stamp = formats.stamp(name)
+        stamp = f"{stamp} seed {seed} size {image_size}" if stamp else ""
+    cached = read_cache(cache, stamp)
+    classes, train, test, valid, notes = cached or read(name, image_size)
+    if len(train) < 3 and not cached:
+        raise UserError(f"--data {name} has {len(train)} pictures: three parts need more")
     if test is None:
         test, train = hold_out(train, round(len(train) * HELD_OUT), seed=0)
-    valid, train = hold_out(train, min(round(len(train) * HELD_OUT), MOST_VALID), seed)
-    ours = source in (None, "shapes-10")
-    ceiling = 1 - shapes.AMBIGUITY / 2 if ours else None
-    return Dataset("shapes-10" if ours else source, classes, train, valid, test, ceiling)
+    if valid is None:
+        valid, train = hold_out(train, min(round(len(train) * HELD_OUT), MOST_VALID), seed)
+    ceiling = 1 - shapes.AMBIGUITY / 2 if name == "shapes-10" else None
+    parts = {"train": train, "valid": valid, "test": test}
+    return Dataset(name, classes, **parts, ceiling=ceiling, notes=notes, stamp=stamp)
+
+
+def read_cache(file: Path | None, stamp: str) -> Source | None:
+    """What `Dataset.save` wrote to `file`; None if it is not there, not whole or of other data."""
+    if file is None or not stamp or not file.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(file) as archive:
+            if formats.read_npy(archive, "stamp").tolist() != [stamp]:
+                return None
+        return checked(formats.read_npz(file))
+    except Exception:  # whatever is wrong with it: the pictures themselves are still there
+        return None
 
 
 def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
@@ -112,43 +154,54 @@ def hold_out(split: Split, n: int, seed: int) -> tuple[Split, Split]:
     return split[order[: max(n, 1)]], split[order[max(n, 1) :]]
 
 
-def read(source: str | None = None) -> Source:
+def read(source: str = "shapes-10", image_size: int = 0) -> Source:
     """The parts of a source as they stand there. UserError as in `load`."""
-    source = source or "shapes-10"
     path = Path(source)
     with formats.complaining(f"--data {source}"):
         if source == "shapes-10":
-            found = shapes.load()
+            found = formats.Found(*shapes.load())
         elif source.startswith("hf:"):
-            found = formats.read_hub(source.removeprefix("hf:"))
+            found = formats.read_hub(source.removeprefix("hf:"), image_size)
         elif path.is_dir():
-            found = formats.read_folder(path)
+            found = formats.read_folder(path, image_size)
         elif path.is_file() and path.suffix == ".npz":
             found = formats.read_npz(path)
         else:
             what = "no .npz file and no folder" if path.exists() else "no such file or folder"
             raise ValueError(f"{what}; `python main.py` says what is read")
-        return checked(*found)
+        return checked(found, image_size)
 
 
 # checks: ValueError says what is wrong, `read` says where
 
 
-def checked(classes: tuple[str, ...] | None, train: tuple, test: tuple | None = None) -> Source:
-    """Arrays as a Source, if all of them fit together. Without `classes` they are numbers."""
-    parts = []
-    for x, y in filter(None, (train, test)):
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} pictures but {len(y)} labels")
-        parts.append(Split(torch.from_numpy(as_pictures(x)), torch.from_numpy(as_labels(y))))
-    sizes = [tuple(part.images.shape[1:]) for part in parts]
-    if sizes[0] != sizes[-1]:
-        raise ValueError(f"pictures (C, H, W) to train on {sizes[0]}, to test on {sizes[1]}")
-    classes = classes or tuple(map(str, range(int(parts[0].labels.max()) + 1)))
-    highest = max(int(part.labels.max()) for part in parts)
+def checked(found: formats.Found, image_size: int = 0) -> Source:
+    """Arrays as a Source, if all of them fit together. Without names the classes are numbers."""
+    parts = {}
+    for name in ("train", "test", "valid"):
+        arrays = getattr(found, name)
+        parts[name] = as_split(*arrays, image_size) if arrays else None
+    there = {name: part for name, part in parts.items() if part is not None}
+    size = tuple(parts["train"].images.shape[1:])
+    for name, part in there.items():
+        other = tuple(part.images.shape[1:])
+        if other != size:
+            raise ValueError(f"pictures (C, H, W) to train on {size}, to {name} on {other}")
+    classes = found.classes or tuple(map(str, range(int(parts["train"].labels.max()) + 1)))
+    highest = max(int(part.labels.max()) for part in there.values())
     if highest >= len(classes) or len(classes) < 2:
         raise ValueError(f"label {highest} is out of range: there are {len(classes)} classes")
-    return Source(classes, parts[0], parts[1] if len(parts) > 1 else None)
+    return Source(classes, **parts, notes=found.notes)
+
+
+def as_split(x: np.ndarray, y: np.ndarray, image_size: int) -> Split:
+    """Pictures and labels as tensors, the pictures scaled to image_size × image_size unless 0."""
+    if len(x) != len(y):
+        raise ValueError(f"{len(x)} pictures but {len(y)} labels")
+    pictures, labels = as_pictures(x), as_labels(y)
+    if image_size and pictures.shape[2:] != (image_size, image_size):
+        pictures = formats.resized(pictures, image_size)
+    return Split(torch.from_numpy(pictures), torch.from_numpy(labels))
 
 
 def as_pictures(x: np.ndarray) -> np.ndarray:
@@ -189,13 +242,12 @@ def as_labels(y: np.ndarray) -> np.ndarray:
 def read_picture(path: str | Path, channels: int, size: tuple[int, int]) -> Tensor:
     """One picture of any size and kind as a network wants it: (1, C, H, W) uint8.
 
-    size: (H, W); other sizes are scaled to it, whatever their proportions. UserError if `path`
-    holds no picture.
+    size: (H, W); other sizes are scaled and cropped in the middle. UserError if `path` holds no
+    picture.
     """
     if channels not in (1, 3):
         raise UserError(f"{path}: the network takes {channels} channels, a picture has 1 or 3")
-    picture = formats.open_picture(path).convert("L" if channels == 1 else "RGB")
-    if picture.size != size[::-1]:
-        picture = picture.resize(size[::-1], Image.Resampling.BILINEAR)
+    array, _ = formats.read_picture(Path(path), str(path), size)
+    picture = Image.fromarray(array).convert("L" if channels == 1 else "RGB")
     array = np.array(picture).reshape(1, *size, channels)
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()

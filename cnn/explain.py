@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import evaluating
+
 
 def last_features(model: nn.Module) -> nn.Module:
     """The last module whose output still has a height and a width: the one before the pooling."""
     names = [name for name, _ in model.named_children()]
     if "avgpool" not in names:
         raise ValueError("Grad-CAM needs a network that ends with a mean over all places")
-    return dict(model.named_children())[names[names.index("avgpool") - 1]]
+    return model.get_submodule(names[names.index("avgpool") - 1])
 
 
 @contextlib.contextmanager
@@ -41,14 +43,14 @@ def grad_cam(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
 
     A are the last features. x: (N, C, H, W) normalised; labels: (N,).
     """
-    with watched(last_features(model.eval())) as seen:
-        logits = model(x)
-    features = seen[0]  # (N, c, h, w)
-    chosen = logits.gather(1, labels[:, None]).sum()
-    (slope,) = torch.autograd.grad(chosen, features)
+    x = x.detach().requires_grad_()  # so that there is a gradient even if the weights want none
+    with torch.enable_grad(), evaluating(model), watched(last_features(model)) as seen:
+        chosen = model(x).gather(1, labels[:, None])  # one logit for each picture
+        (slope,) = torch.autograd.grad(chosen.sum(), seen[0])
+    features, slope = seen[0].detach(), slope.detach()  # (N, c, h, w)
     maps = F.relu((slope.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True))
     maps = F.interpolate(maps, x.shape[2:], mode="bilinear", align_corners=False)[:, 0]
-    return (maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)).detach()
+    return maps / maps.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
 def receptive_field(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
@@ -56,10 +58,10 @@ def receptive_field(model: nn.Module, module: nn.Module, x: Tensor) -> Tensor:
 
     The mean over pictures and channels of |∂ Σ_c A_c(middle) / ∂x|. x: (N, C, H, W) normalised.
     """
-    x = x.clone().requires_grad_()
-    with watched(module) as seen:
-        model.eval()(x)
-    h, w = seen[0].shape[2:]
-    (slope,) = torch.autograd.grad(seen[0][:, :, h // 2, w // 2].sum(), x)
+    x = x.detach().requires_grad_()
+    with torch.enable_grad(), evaluating(model), watched(module) as seen:
+        model(x)
+        h, w = seen[0].shape[2:]
+        (slope,) = torch.autograd.grad(seen[0][:, :, h // 2, w // 2].sum(), x)
     field = slope.abs().mean((0, 1))
     return field / field.sum().clamp(min=1e-30)

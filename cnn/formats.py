@@ -4,42 +4,51 @@ A size that a file declares is checked before memory is taken, and nothing is ev
 pickle can run any code. Whatever is wrong ends as a UserError of one line that names the file.
 
 Each reader returns what it found as arrays, in their order: the names of the classes (None: they
-are numbers), pictures and labels to train on, and the same to test on (None: there are none).
-Pictures are (N, H, W), (N, H, W, C) or (N, C, H, W); whether all fits together is for data.py.
+are numbers), pictures and labels to train on, and the same to test and to validate on (None: there
+are none). Pictures are (N, H, W), (N, H, W, C) or (N, C, H, W); whether all fits together is for
+data.py.
 
-Left out: pictures of different sizes in one source, transparency, further frames.
+Left out: colour profiles, and all frames of a moving picture but the first.
 
 Key: N pictures, C channels (1 grey, 3 colour), H and W their size.
 """
 
 import contextlib
 import gzip
+import hashlib
+import io
 import math
+import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from run import UserError
+from options import UserError
 
 LIMIT = 2 << 30  # bytes of pictures
-LONGEST = 4096  # pixels along a side
+LONGEST = 4096  # pixels along a side, of pictures that are taken as they are
+LARGEST = 1 << 26  # pixels of a picture that is scaled down: a phone's camera has fewer
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")  # none that starts a program
+TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")  # kinds of picture with a see-through channel
 CIFAR = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 Arrays = tuple[np.ndarray, np.ndarray]
 
 
 class Found(NamedTuple):
-    """What stood in a source."""
+    """What stood in a source; notes: what was done to its pictures, in words."""
 
     classes: tuple[str, ...] | None
     train: Arrays
     test: Arrays | None = None
+    valid: Arrays | None = None
+    notes: str = ""
 
 
 @contextlib.contextmanager
@@ -67,7 +76,7 @@ def read_exactly(stream, n: int) -> bytearray:
     return raw
 
 
-def read_folder(folder: Path) -> Found:
+def read_folder(folder: Path, image_size: int = 0) -> Found:
     """Look what lies in `folder`, and read it."""
     if idx_file(folder, "train-images"):
         return read_mnist(folder)
@@ -78,7 +87,7 @@ def read_folder(folder: Path) -> Found:
             "this is CIFAR-10 as Python pickles, and a pickle can run any code when it is read: "
             "take the binary version, cifar-10-binary.tar.gz with data_batch_1.bin"
         )
-    return read_class_folders(folder)
+    return read_class_folders(folder, image_size)
 
 
 # idx and CIFAR
@@ -86,7 +95,8 @@ def read_folder(folder: Path) -> Found:
 
 def idx_file(folder: Path, stem: str) -> Path | None:
     """The file `stem`-idx… or `stem`.idx… in `folder`, if there is one."""
-    return next(iter(sorted(folder.glob(f"{stem}[-.]idx*"))), None)
+    files = sorted(folder.glob(f"{stem}[-.]idx*"))
+    return files[0] if files else None
 
 
 def read_mnist(folder: Path) -> Found:
@@ -140,20 +150,21 @@ def read_cifar(folder: Path) -> Found:
 
 
 def read_npz(file: Path) -> Found:
-    """x and y (or x_train and y_train), x_test and y_test, and the names `classes`, if there."""
+    """x and y (or x_train and y_train); x_test, y_test, x_valid, y_valid and `classes` if there."""
     with zipfile.ZipFile(file) as archive:
-        there = {name.removesuffix(".npy") for name in archive.namelist()}
-        train, test = ("x", "y") if "x" in there else ("x_train", "y_train"), ("x_test", "y_test")
-        if not there.issuperset(train):
-            raise ValueError(
-                f"x and y are needed, it holds {', '.join(sorted(there)) or 'nothing'}"
-            )
-        classes = read_npy(archive, "classes").tolist() if "classes" in there else None
-        if classes is not None and not all(isinstance(name, str) for name in classes):
-            raise ValueError("its classes are no strings")
-        parts = [train, test] if there.issuperset(test) else [train]
-        arrays = [tuple(read_npy(archive, name) for name in part) for part in parts]
-    return Found(classes and tuple(classes), *arrays)
+        names = {name.removesuffix(".npy") for name in archive.namelist()}
+        train = ("x", "y") if "x" in names else ("x_train", "y_train")
+        if not names.issuperset(train):
+            held = ", ".join(sorted(names)) or "nothing"
+            raise ValueError(f"x and y are needed, it holds {held}")
+        parts = []
+        for part in (train, ("x_test", "y_test"), ("x_valid", "y_valid")):
+            whole = names.issuperset(part)
+            parts.append(tuple(read_npy(archive, name) for name in part) if whole else None)
+        classes = read_npy(archive, "classes").tolist() if "classes" in names else None
+    if classes is not None and not all(isinstance(name, str) for name in classes):
+        raise ValueError("its classes are no strings")
+    return Found(classes and tuple(classes), *parts)
 
 
 def read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
@@ -173,8 +184,16 @@ def read_npy(archive: zipfile.ZipFile, name: str) -> np.ndarray:
 # pictures
 
 
-def read_class_folders(folder: Path) -> Found:
-    """folder/CLASS/picture, or folder/train/CLASS/picture and folder/test/CLASS/picture."""
+class Picture(NamedTuple):
+    """A picture that is still to be read: its name in complaints, its file or bytes, its class."""
+
+    name: str
+    source: Path | bytes
+    label: int
+
+
+def read_class_folders(folder: Path, image_size: int = 0) -> Found:
+    """folder/CLASS/picture, or folder/train/CLASS/picture with test/ and val/ beside train/."""
     has_parts = bool(inner_folders(folder / "train"))
     root = folder / "train" if has_parts else folder
     classes = tuple(inner.name for inner in inner_folders(root))
@@ -182,9 +201,14 @@ def read_class_folders(folder: Path) -> Found:
         raise ValueError(
             "neither train-images-idx3-ubyte, data_batch_1.bin nor class folders in it"
         )
-    has_test = has_parts and (folder / "test").is_dir()
-    test = gather(labelled(folder / "test", classes)) if has_test else None
-    return Found(classes, gather(labelled(root, classes)), test)
+    parts = {"train": labelled(root, classes)}
+    for part, names in (("test", ("test",)), ("valid", ("val", "valid", "validation"))):
+        inner = [folder / name for name in names if has_parts and (folder / name).is_dir()]
+        if len(inner) > 1:
+            raise ValueError(f"{inner[0].name}/ and {inner[1].name}/ mean the same: keep one")
+        if inner:
+            parts[part] = labelled(inner[0], classes)
+    return gather(classes, parts, image_size)
 
 
 def inner_folders(folder: Path) -> list[Path]:
@@ -193,53 +217,22 @@ def inner_folders(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.is_dir() and not path.name.startswith("."))
 
 
-def labelled(root: Path, classes: tuple[str, ...]) -> Iterator[tuple[Path, Image.Image, int]]:
-    """The pictures below `root`: where they are, they themselves, the place of their class."""
+def labelled(root: Path, classes: tuple[str, ...]) -> list[Picture]:
+    """The pictures in the class folders below `root`."""
+    pictures = []
     for inner in inner_folders(root):
         if inner.name not in classes:
             raise ValueError(f"{inner} has no class of that name to train on")
         files = sorted(file for file in inner.iterdir() if not file.name.startswith("."))
         if not files:
             raise ValueError(f"the class folder {inner} is empty: fill it or remove it")
-        for file in files:
-            yield file, open_picture(file), classes.index(inner.name)
+        label = classes.index(inner.name)
+        pictures += [Picture(str(file), file, label) for file in files]
+    return pictures
 
 
-def open_picture(file: str | Path) -> Image.Image:
-    """The decoded picture. UserError if `file` is none, or is larger than LONGEST."""
-    with complaining(file), warnings.catch_warnings(), open(file, "rb") as stream:
-        warnings.simplefilter("ignore")  # on odd meta data
-        try:
-            picture = Image.open(stream, formats=FORMATS)
-        except UnidentifiedImageError:
-            raise ValueError(f"no picture ({', '.join(FORMATS)})") from None
-        if max(picture.size) > LONGEST:
-            raise ValueError(f"{picture.size} pixels; the limit is {LONGEST} a side")
-        if picture.mode[0] in "IF":
-            raise ValueError(f"pixels of kind {picture.mode}; save it with 8 bits a channel")
-        picture.load()
-        return picture
-
-
-def gather(pictures: Iterable[tuple[str | Path, Image.Image, int]]) -> Arrays:
-    """Pictures of one size as (N, H, W), or (N, H, W, 3) if one is in colour, and their labels."""
-    arrays, labels = [], []
-    for where, picture, label in pictures:
-        grey = picture.mode in ("1", "L", "LA")
-        arrays.append(np.asarray(picture.convert("L" if grey else "RGB")))
-        labels.append(label)
-        if arrays[-1].shape[:2] != arrays[0].shape[:2]:
-            sizes = " and ".join(f"{a.shape[1]} × {a.shape[0]}" for a in (arrays[0], arrays[-1]))
-            raise ValueError(f"up to {where} there are pictures of {sizes}: make them one size")
-        if arrays[-1].nbytes * len(arrays) > LIMIT:
-            raise ValueError(f"up to {where} the pictures fill {LIMIT:,} bytes, which is the limit")
-    if any(array.ndim == 3 for array in arrays):
-        arrays = [a if a.ndim == 3 else np.stack([a] * 3, axis=-1) for a in arrays]
-    return np.array(arrays), np.array(labels)
-
-
-def read_hub(name: str) -> Found:
-    """The splits train and test of a set on the Hugging Face Hub, or of a local copy of one."""
+def read_hub(name: str, image_size: int = 0) -> Found:
+    """The splits of a set on the Hugging Face Hub, or of a local copy of one."""
     import datasets
 
     splits = datasets.load_dataset(name)
@@ -250,9 +243,161 @@ def read_hub(name: str) -> Found:
         columns += [key for key, kind in features.items() if isinstance(kind, wanted)][:1]
     if len(columns) < 2:
         raise ValueError(f"columns of kind Image and ClassLabel are needed, not {features}")
-    parts = [
-        gather((f"row {i}", row[columns[0]], row[columns[1]]) for i, row in enumerate(splits[part]))
-        for part in ("train", "test")
-        if part in splits
-    ]
-    return Found(tuple(features[columns[1]].names), *parts)
+    parts = {}
+    for part, name in (("train", "train"), ("test", "test"), ("valid", "valid"),
+                       ("valid", "val"), ("valid", "validation")):  # fmt: skip
+        if name in splits:
+            undecoded = splits[name].cast_column(columns[0], datasets.Image(decode=False))
+            parts[part] = hub_rows(undecoded.select_columns(columns), *columns)
+    return gather(tuple(features[columns[1]].names), parts, image_size)
+
+
+def hub_rows(split, image: str, label: str) -> list[Picture]:
+    """The pictures of a split, as the files they were uploaded as."""
+    rows: list[Picture] = []
+    for batch in split.iter(1000):
+        for content, number in zip(batch[image], batch[label], strict=True):
+            if content is None or number is None:
+                raise ValueError(f"row {len(rows)} has no picture or no label")
+            source = content["bytes"] or Path(content["path"])
+            rows.append(Picture(f"row {len(rows)}", source, number))
+    return rows
+
+
+def gather(classes: tuple[str, ...], parts: dict[str, list[Picture]], image_size: int) -> Found:
+    """Read the pictures of all parts, several at a time: (N, H, W), or (N, H, W, 3) if one of them
+    is in colour. They must be of one size, unless image_size makes them so."""
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in parts}
+    notes, total = Counter(), 0
+    size = (image_size, image_size) if image_size else None
+    first = None
+    for name, pictures in parts.items():
+        for picture, (array, done) in zip(pictures, decoded(pictures, size), strict=True):
+            arrays[name].append(array)
+            notes.update(done)
+            total += array.nbytes
+            first = array.shape if first is None else first
+            if array.shape[:2] != first[:2]:
+                sizes = f"{first[1]} × {first[0]} and {array.shape[1]} × {array.shape[0]}"
+                raise ValueError(f"up to {picture.name} there are pictures of {sizes}: say what "
+                                 "to make of them, as in --image-size 32")  # fmt: skip
+            if total > LIMIT:
+                raise ValueError(f"up to {picture.name} the pictures fill {LIMIT:,} bytes, which "
+                                 "is the limit: --image-size makes them smaller")  # fmt: skip
+    colour = any(array.ndim == 3 for part in arrays.values() for array in part)
+    found = {}
+    for name, part in arrays.items():
+        if colour:
+            part = [a if a.ndim == 3 else np.stack([a] * 3, axis=-1) for a in part]
+        found[name] = np.array(part), np.array([picture.label for picture in parts[name]])
+    shown = ", ".join(f"{n:,} {what}" for what, n in notes.items())
+    return Found(classes, **found, notes=shown)
+
+
+def decoded(pictures: list[Picture], size: tuple[int, int] | None):
+    """`read_picture` of each, in their order, on several threads at a time."""
+    with warnings.catch_warnings():  # here, as threads share what is ignored
+        warnings.simplefilter("ignore")  # on odd meta data
+        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        try:
+            yield from pool.map(lambda p: read_picture(p.source, p.name, size), pictures)
+        finally:  # Ctrl-C or a picture that is none: do not read the others first
+            pool.shutdown(cancel_futures=True)
+
+
+def read_picture(
+    source: Path | bytes, name: str, size: tuple[int, int] | None
+) -> tuple[np.ndarray, list[str]]:
+    """A picture as (H, W) or (H, W, 3) bytes, and what had to be done to it.
+
+    size: (H, W) to scale and crop it to, or None. UserError if `source` holds no picture.
+    """
+    with complaining(name):
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+            try:
+                picture = Image.open(stream, formats=FORMATS)
+            except UnidentifiedImageError:
+                raise ValueError(f"no picture ({', '.join(FORMATS)})") from None
+            refuse_giants(picture, size)
+            if size:
+                picture.draft(picture.mode, (2 * max(size), 2 * max(size)))  # a JPEG's shortcut
+            picture.load()
+            picture, notes = upright_and_opaque(picture)
+        if size and picture.size != size[::-1]:
+            picture = ImageOps.fit(picture, size[::-1], Image.Resampling.BILINEAR)
+            notes.append("scaled and cropped in the middle")
+        return np.asarray(picture), notes
+
+
+def refuse_giants(picture: Image.Image, size: tuple[int, int] | None) -> None:
+    """ValueError for a picture that would fill the memory; only its header has been read."""
+    width, height = picture.size
+    if size is None and max(width, height) > LONGEST:
+        raise ValueError(f"{width} × {height} pixels; the limit is {LONGEST} a side without "
+                         "--image-size")  # fmt: skip
+    if width * height > LARGEST:
+        raise ValueError(f"{width} × {height} pixels; the limit is {LARGEST:,} in all")
+
+
+def upright_and_opaque(picture: Image.Image) -> tuple[Image.Image, list[str]]:
+    """The picture in eight bits, grey or in colour (modes L and RGB), and what had to be done."""
+    notes = []
+    if picture.getexif().get(0x0112, 1) != 1:  # cameras store how they were held, not a turned one
+        picture = ImageOps.exif_transpose(picture)
+        notes.append("turned upright (EXIF)")
+    if picture.mode[0] == "F":
+        raise ValueError("pixels are floating-point numbers; save it with 8 or 16 bits a channel")
+    if picture.mode[0] == "I":
+        picture = from_16_bits(picture)
+        notes.append("of 16 bits")
+    elif picture.mode in TRANSPARENT or "transparency" in picture.info:
+        grey = picture.mode in ("LA", "La")
+        ground = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(ground, picture.convert("RGBA"))
+        picture = picture.convert("L" if grey else "RGB")
+        notes.append("transparent (laid on white)")
+    elif picture.mode not in ("1", "L", "P", "RGB"):
+        notes.append(f"converted from {picture.mode}")
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB"), notes
+
+
+def from_16_bits(picture: Image.Image) -> Image.Image:
+    """Levels 0 … 65,535 as 0 … 255."""
+    levels = np.asarray(picture).astype(np.int64)
+    if levels.size and not 0 <= levels.min() <= levels.max() < 1 << 16:
+        raise ValueError(f"pixels from {levels.min()} to {levels.max()}; save it with 16 bits")
+    return Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+
+
+def resized(pictures: np.ndarray, size: int) -> np.ndarray:
+    """(N, C, H, W) uint8 scaled and cropped in the middle to (N, C, size, size)."""
+    scaled = np.empty((*pictures.shape[:2], size, size), np.uint8)
+    for picture, target in zip(pictures, scaled, strict=True):
+        for channel, out in zip(picture, target, strict=True):
+            image = Image.fromarray(channel)
+            out[:] = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
+    return scaled
+
+
+# read once
+
+
+def stamp(source: str) -> str | None:
+    """What changes when the pictures of a source do; None for what is quick to read anyway.
+
+    Of a folder the names, sizes and times of all files; of a set on the Hub its name.
+    """
+    folder = Path(source.removeprefix("hf:"))
+    if not folder.is_dir():
+        return source if source.startswith("hf:") else None
+    if not source.startswith("hf:") and not inner_folders(folder):
+        return None
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            status = os.stat(os.path.join(place, name))
+            inside = os.path.relpath(os.path.join(place, name), folder)
+            line = f"{inside}\0{status.st_size}\0{status.st_mtime_ns}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()

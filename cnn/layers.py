@@ -25,7 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx
-from torch.nn import Flatten, Identity, Linear, Module, ModuleList, ReLU, Sequential  # noqa: F401
+from torch.nn import (  # noqa: F401
+    Dropout,
+    Flatten,
+    Identity,
+    Linear,
+    Module,
+    ModuleList,
+    ReLU,
+    Sequential,
+)
 
 CACHE = 2 << 20  # bytes of unrolled windows at a time: what a CPU can keep close
 
@@ -42,13 +51,13 @@ def size_out(size: tuple, kernel: Pair, stride: Pair, padding: Pair, dilation: P
 
     ValueError if no window fits.
     """
-    found = [
+    sides = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, *map(pair, (kernel, stride, padding, dilation)), strict=True)
     ]
-    if min(found) < 1:
+    if min(sides) < 1:
         raise ValueError(f"pictures of {tuple(size)} pixels are too small for a kernel of {kernel}")
-    return found
+    return sides
 
 
 # convolution
@@ -127,13 +136,13 @@ class Convolution(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x, weight, stride, padding, dilation, groups):
         ctx.save_for_backward(x, weight)
-        ctx.how = stride, padding, dilation, groups
+        ctx.geometry = stride, padding, dilation, groups
         kernel, w = weight.shape[2:], as_matrix(weight, groups)
         i, j = size_out(x.shape[2:], kernel, stride, padding, dilation)
         y = x.new_empty(len(x), i, j, len(weight))  # (N, I, J, O): channels innermost
         rows = y.view(len(x) * i * j, groups, len(weight) // groups).transpose(0, 1)
         done = 0
-        for columns in im2col(x, kernel, *ctx.how):
+        for columns in im2col(x, kernel, *ctx.geometry):
             torch.bmm(columns, w, out=rows[:, done : done + columns.shape[1]])
             done += columns.shape[1]
         return y.permute(0, 3, 1, 2)
@@ -143,9 +152,9 @@ class Convolution(Function):
         x, weight = ctx.saved_tensors
         by_x = by_weight = None
         if ctx.needs_input_grad[0]:
-            by_x = input_gradient(g, weight, x.shape[2:], *ctx.how)
+            by_x = input_gradient(g, weight, x.shape[2:], *ctx.geometry)
         if ctx.needs_input_grad[1]:
-            by_weight = WeightGradient.apply(g, x, weight.shape[2:], *ctx.how)
+            by_weight = WeightGradient.apply(g, x, weight.shape[2:], *ctx.geometry)
         return by_x, by_weight, None, None, None, None
 
 
@@ -171,12 +180,12 @@ class WeightGradient(Function):
     @staticmethod
     def forward(ctx: FunctionCtx, g, x, kernel, stride, padding, dilation, groups):
         ctx.save_for_backward(g, x)
-        ctx.how = stride, padding, dilation, groups
+        ctx.geometry = stride, padding, dilation, groups
         rows = g.permute(0, 2, 3, 1).flatten(0, 2).unflatten(1, (groups, -1)).transpose(0, 1)
         height, done = math.prod(kernel) * x.shape[1] // groups, 0
         wide = torch.promote_types(g.dtype, torch.float32)  # a sum of many needs the digits
         total = g.new_zeros(groups, height, rows.shape[2], dtype=wide)
-        for columns in im2col(x, kernel, *ctx.how):
+        for columns in im2col(x, kernel, *ctx.geometry):
             total += torch.bmm(columns.mT, rows[:, done : done + columns.shape[1]])
             done += columns.shape[1]
         total = total.to(g.dtype).unflatten(1, (*kernel, -1))  # (G, P, Q, C/G, O/G)
@@ -185,8 +194,8 @@ class WeightGradient(Function):
     @staticmethod
     def backward(ctx: FunctionCtx, v):
         g, x = ctx.saved_tensors
-        by_g = Convolution.apply(x, v, *ctx.how) if ctx.needs_input_grad[0] else None
-        by_x = input_gradient(g, v, x.shape[2:], *ctx.how) if ctx.needs_input_grad[1] else None
+        by_g = Convolution.apply(x, v, *ctx.geometry) if ctx.needs_input_grad[0] else None
+        by_x = input_gradient(g, v, x.shape[2:], *ctx.geometry) if ctx.needs_input_grad[1] else None
         return by_g, by_x, None, None, None, None, None
 
 
@@ -221,8 +230,8 @@ class MaxPool(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x, kernel, stride, padding, dilation):
-        ctx.how, ctx.padding = (kernel, stride, dilation), padding
-        first, *others = windows(pad(x, padding, float("-inf")), *ctx.how)
+        ctx.geometry, ctx.padding = (kernel, stride, dilation), padding
+        first, *others = windows(pad(x, padding, float("-inf")), *ctx.geometry)
         y = first.clone()
         for other in others:
             torch.maximum(y, other, out=y)
@@ -234,7 +243,8 @@ class MaxPool(Function):
         x, y = ctx.saved_tensors
         total, to_give = framed_zeros(g, x.shape, ctx.padding), torch.ones_like(y, dtype=torch.bool)
         framed = pad(x, ctx.padding, float("-inf"))
-        for pixel, place in zip(windows(framed, *ctx.how), windows(total, *ctx.how), strict=True):
+        pixels, places = windows(framed, *ctx.geometry), windows(total, *ctx.geometry)
+        for pixel, place in zip(pixels, places, strict=True):
             chosen = to_give & (pixel == y)
             to_give ^= chosen
             place += torch.where(chosen, g, 0)
@@ -246,8 +256,8 @@ class AveragePool(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x, kernel, stride, padding):
-        ctx.how, ctx.padding, ctx.shape = (kernel, stride, 1), padding, x.shape
-        first, *others = windows(pad(x, padding), *ctx.how)
+        ctx.geometry, ctx.padding, ctx.shape = (kernel, stride, 1), padding, x.shape
+        first, *others = windows(pad(x, padding), *ctx.geometry)
         y = first.clone()
         for other in others:
             y += other
@@ -255,8 +265,8 @@ class AveragePool(Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, g):
-        total, share = framed_zeros(g, ctx.shape, ctx.padding), g / math.prod(ctx.how[0])
-        for place in windows(total, *ctx.how):
+        total, share = framed_zeros(g, ctx.shape, ctx.padding), g / math.prod(ctx.geometry[0])
+        for place in windows(total, *ctx.geometry):
             place += share
         return cropped(total, ctx.padding), None, None, None
 
@@ -371,8 +381,8 @@ class Conv2d(nn.Conv2d):
         refuse(isinstance(self.padding, str), f"Conv2d(padding={self.padding!r})")
 
     def forward(self, x: Tensor) -> Tensor:
-        how = self.stride, self.padding, self.dilation, self.groups
-        return conv2d(x, self.weight, self.bias, *how)
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        return conv2d(x, self.weight, self.bias, *geometry)
 
 
 class MaxPool2d(nn.MaxPool2d):

@@ -17,91 +17,99 @@ from pathlib import Path
 
 import torch
 
-import bench
 import checkpoint
 import data
-import experiments
-import figures
-import quantize
+import hardware
+import options
 import report
-import run
-import selfcheck
 import train
-from augment import normalize, predict
+from augment import normalize
 from model import PRESETS, NetConfig
-from run import UserError, say
+from options import UserError, given, say
+from run import newest_run
+from trainer import asked_for
 
 HERE = Path(__file__).resolve().parent
-VERBS = ("train", "eval", "bench", "figures", "selfcheck")
 
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and options."""
-    parser = run.Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = parser.add_argument_group("What to do, see above")
-    for verb in VERBS:
-        verbs.add_argument(f"--{verb}", action="store_true")
+    everything = options.Parser(__doc__)
+    verbs = options.add_verbs(everything, "train", "eval", "bench", "figures", "selfcheck")
     verbs.add_argument("--classify", metavar="PICTURE", help="say what is on it")
-    verbs.add_argument("--experiment", choices=("residual", "ablation", "seeds"),
-                       help="trainings side by side, three seeds each")  # fmt: skip
+    names = ("residual", "ablation", "seeds")
+    verbs.add_argument("--experiment", choices=names, help="trainings side by side, three seeds")
     verbs.add_argument("--export", metavar="DIR", help="write weights.pth, a state dict")
     verbs.add_argument("--int8", action="store_true", help="with --export: eight bits, BN folded")
     first = "with --eval: the first N pictures of a file, as they stand"
     verbs.add_argument("--first", type=int, default=0, metavar="N", help=first)
-    verbs.add_argument("--resume", action="store_true", help="with --train: go on from --out")
-    verbs.add_argument("--size", choices=PRESETS, default="fast", help="network to begin from")
-    run.add_options(parser, train.TrainConfig, NetConfig)
-    return parser
+    verbs.add_argument("--size", choices=PRESETS, help="network to begin from (default fast)")
+    options.add_options(everything, train.TrainConfig, NetConfig)
+    return everything
 
 
 def do_train(args: argparse.Namespace) -> None:
     """Train; then leave the curve and a grid of pictures in the run directory."""
-    config, sizes = train.TrainConfig(), PRESETS[args.size]
-    if args.resume:
-        config, sizes = train.started_with(Path(getattr(args, "out", config.out)))
-    asked = train.absolute(run.from_options(config, args)), run.from_options(sizes, args)
-    if args.resume:
-        train.refuse_changes((config, sizes), asked)
-    config, sizes = asked
-    train.train(config, sizes, args.resume)
-    folder = run.RunDirectory(config.out)
-    if folder.writes and folder.weights.exists():
-        for picture in figures.of_run(folder.path, folder.path / "figures"):
-            say(f"picture    {picture}")
+    sizes = PRESETS[args.size or "fast"]
+    config, sizes = asked_for(args, train.TrainConfig(), sizes, ("shapes-10",))
+    loaded = None
+    if config.weights and not args.resume:
+        loaded = checkpoint.load(config.weights)
+        loaded.refuse_changes(given(args, NetConfig), PRESETS.get(args.size))
+    train.train(config, sizes, args.resume, loaded, leave_pictures)
+
+
+def leave_pictures(loaded: checkpoint.Loaded, dataset: data.Dataset, p: torch.Tensor) -> None:
+    """Draw the training curve and some of the answers `p` to the test part into the run."""
+    import figures
+
+    for picture in figures.of_run(loaded, dataset.test, p, loaded.path / "figures"):
+        say(f"picture    {picture}")
 
 
 def load(args: argparse.Namespace) -> checkpoint.Loaded:
     """--weights, else the newest run, else the network that ships with the folder."""
-    given = run.given(args, train.TrainConfig)
-    path = given.get("weights") or run.newest_run(HERE / "runs") or HERE / "pretrained"
-    loaded = checkpoint.load(path)
-    say(f"weights    {path}")
-    device, _ = run.choose_device(given.get("device", "auto"))
-    loaded.model.to(device)
+    asked = options.from_options(train.TrainConfig(), args)
+    loaded = checkpoint.load(asked.weights or newest_run(HERE / "runs") or HERE / "pretrained")
+    say(f"weights    {loaded.path}")
+    loaded.model.to(hardware.choose_device(asked.device)[0])
     return loaded
+
+
+def data_for(loaded: checkpoint.Loaded, args: argparse.Namespace) -> tuple[str, int]:
+    """The pictures to score a network on, and the size to bring them to.
+
+    --data, else what it was trained on. UserError if nobody says.
+    """
+    asked = given(args, train.TrainConfig)
+    source = asked.get("data") or loaded.source
+    if not source:
+        raise UserError(
+            f"{loaded.path} does not say which pictures it was trained on: name some with --data"
+        )
+    return source, asked.get("image_size", loaded.image_size)
 
 
 def do_eval(args: argparse.Namespace) -> None:
     """Score the test part, or with --first pictures as they stand; the last line is JSON."""
-    loaded, given = load(args), run.given(args, train.TrainConfig)
-    source = given.get("data") or loaded.source
+    if args.first < 0:
+        raise UserError(f"--first must be a number of pictures, not {args.first}")
+    loaded = load(args)
+    source, size = data_for(loaded, args)
     if args.first:
-        raw = data.read(source)
+        raw = data.read(source, size)
         classes, pictures, ceiling = raw.classes, raw.train[: args.first], None
     else:
-        found = data.load(source)
-        classes, pictures, ceiling = found.classes, found.test, found.ceiling
+        dataset = loaded.dataset(source, size)
+        classes, pictures, ceiling = dataset.classes, dataset.test, dataset.ceiling
     loaded.refuse_misfits(source, classes, pictures.images)
-    dtype = getattr(torch, given.get("dtype", "auto").replace("auto", "float32"))
+    bfloat16 = given(args, train.TrainConfig).get("dtype") == "bfloat16"
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
     score = train.evaluate(loaded.model, pictures, loaded, dtype, loaded.views)
-    score |= {"ceiling": ceiling} if ceiling else {}
-    print(f"{report.percent(score['accuracy'])} of {score['pictures']:,} pictures, "
-          f"{score['loss']:.4f} nats")  # fmt: skip
-    print(json.dumps({"weights": str(loaded.path), "data": source or "shapes-10"} | score))
+    print(f"{report.describe(score)}, {score['pictures']:,} pictures")
+    if ceiling:
+        score["ceiling"] = ceiling
+    print(json.dumps({"weights": str(loaded.path), "data": source} | score))
 
 
 def do_classify(args: argparse.Namespace) -> None:
@@ -110,7 +118,7 @@ def do_classify(args: argparse.Namespace) -> None:
     sizes = loaded.sizes
     size = (sizes.image_height, sizes.image_width)
     picture = data.read_picture(args.classify, sizes.channels, size)
-    p = predict(loaded.model, picture, loaded.mean, loaded.std, loaded.views)[0]
+    p = train.answers(loaded.model, picture, loaded, torch.float32, loaded.views)[0]
     for value, index in zip(*p.sort(descending=True), strict=True):
         if value >= 0.001:
             print(f"{100 * value:5.1f} %  {loaded.classes[index]}")
@@ -118,37 +126,28 @@ def do_classify(args: argparse.Namespace) -> None:
 
 def do_export(args: argparse.Namespace) -> None:
     """Write weights.pth, or with --int8 an eight-bit network, and say how equal it is."""
+    import quantize
+
     loaded = load(args)
     if not args.int8:
         checkpoint.export(loaded, args.export)
     else:
-        found = data.load(run.given(args, train.TrainConfig).get("data") or loaded.source)
-        loaded.refuse_misfits(found.name, found.classes, found.test.images)
-        seen = normalize(found.train.images[:500], loaded.mean, loaded.std)
+        source, size = data_for(loaded, args)
+        dataset = loaded.dataset(source, size)
+        loaded.refuse_misfits(dataset.name, dataset.classes, dataset.test.images)
+        seen = normalize(dataset.train.images[:500], loaded.mean, loaded.std)
         small = checkpoint.export_int8(loaded, seen, args.export)
-        print(json.dumps(quantize.compare(loaded.model, small.model, found, loaded)))
+        print(json.dumps(quantize.compare(loaded.model, small.model, dataset, loaded)))
     say(f"exported   {args.export}")
 
 
 def main() -> None:
     """Do what the command line says, in the order of the help."""
-    everything = parser()
-    args = everything.parse_args()
-    if args.resume and not args.train:
-        raise UserError("--resume goes with --train")
-    if args.int8 and not args.export:
-        raise UserError("--int8 goes with --export DIR")
-    if args.first < 0:
-        raise UserError(f"--first must be a number of pictures, not {args.first}")
-    work = {"train": do_train, "eval": do_eval, "classify": do_classify, "bench": bench.main,
-            "experiment": experiments.main, "figures": figures.main, "selfcheck": selfcheck.main,
+    work = {"train": do_train, "eval": do_eval, "classify": do_classify, "bench": "bench",
+            "experiment": "experiments", "figures": "figures", "selfcheck": "selfcheck",
             "export": do_export}  # fmt: skip
-    wanted = [verb for verb in work if getattr(args, verb)]
-    if not wanted:
-        everything.print_help()
-    for verb in wanted:
-        work[verb](args)
+    options.dispatch(parser(), work)
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    options.command_line(main)

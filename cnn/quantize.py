@@ -59,15 +59,16 @@ class Int8(nn.Module):
     def __init__(self, layer: nn.Conv2d | nn.Linear, largest_input: Tensor):
         super().__init__()
         weight = layer.weight.detach()
-        largest = weight.abs().flatten(1).amax(1).clamp(min=1e-12)
-        scale = largest / TOP
-        shape = (-1,) + (1,) * (weight.dim() - 1)
-        self.register_buffer("weight", (weight / scale.view(shape)).round().to(torch.int8))
+        scale = weight.abs().flatten(1).amax(1).clamp(min=1e-12) / TOP  # of each output
+        integers = (weight.flatten(1) / scale[:, None]).round().to(torch.int8)
+        self.register_buffer("weight", integers.view_as(weight))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", layer.bias.detach().clone())
         self.register_buffer("input_scale", largest_input.clamp(min=1e-12) / TOP)
-        self.stride = getattr(layer, "stride", None)
-        self.padding = getattr(layer, "padding", None)
+        self.geometry = None  # of a convolution
+        if isinstance(layer, nn.Conv2d):
+            names = ("stride", "padding", "dilation", "groups")
+            self.geometry = {name: getattr(layer, name) for name in names}
 
     def quantized(self, x: Tensor) -> Tensor:
         """Integers, still stored as floats; what is larger than ever seen is cut off."""
@@ -82,27 +83,27 @@ class Int8(nn.Module):
     def sums(self, q: Tensor) -> Tensor:
         """q_w ∗ q_x by the fast kernels for floats."""
         q, weight = q.to(self.exact), self.weight.to(self.exact)
-        if weight.dim() == 2:
+        if self.geometry is None:
             return F.linear(q, weight)
-        return F.conv2d(q, weight, stride=self.stride, padding=self.padding)
+        return F.conv2d(q, weight, **self.geometry)
 
     def integer_sums(self, q: Tensor) -> Tensor:
         """The same in int32 from beginning to end: what a chip without floats would do."""
         weight = self.weight.flatten(1).int()
-        if self.weight.dim() == 2:
+        if self.geometry is None:
             return q.int() @ weight.T
-        height, width = (
-            (n + 2 * p - k) // s + 1
-            for n, p, k, s in zip(q.shape[2:], self.padding, self.weight.shape[2:], self.stride,
-                                  strict=True)
-        )  # fmt: skip
-        columns = F.unfold(q, self.weight.shape[2:], padding=self.padding, stride=self.stride)
-        return (weight @ columns.int()).view(len(q), -1, height, width)
+        moves = {name: value for name, value in self.geometry.items() if name != "groups"}
+        groups = self.geometry["groups"]
+        columns = F.unfold(q, self.weight.shape[2:], **moves).int()  # (N, C·k², places)
+        by_group = weight.unflatten(0, (groups, -1)) @ columns.unflatten(1, (groups, -1))
+        return by_group.reshape(self.sums(q).shape)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (-1,) + (1,) * (x.dim() - 2)
         sums = self.sums(self.quantized(x)).to(x.dtype)
-        return sums * (self.scale * self.input_scale).view(shape) + self.bias.view(shape)
+        scale, bias = self.scale * self.input_scale, self.bias
+        if self.geometry is not None:  # one number for each channel (N, C, H, W)
+            scale, bias = scale[:, None, None], bias[:, None, None]
+        return sums * scale + bias
 
 
 def replace_layers(model: nn.Module, largest: dict[str, Tensor]) -> nn.Module:

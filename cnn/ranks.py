@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from run import sum_over_ranks
+from hardware import sum_over_ranks
 
 
 class SumOverRanks(torch.autograd.Function):

@@ -1,402 +1,301 @@
-"""What every training script needs and no reader came for: the same file in each Piko folder.
+"""Runs: a directory each, in which every file is there whole or not at all.
 
-    options       dataclass fields become command-line flags      option, add_options, from_options
-    complaints    one line on stderr and exit code 2               UserError, command_line
-    hardware      the fastest device and number format, and why    choose_device, choose_dtype
-    files         a file is there whole or not at all              whole_file, RunDirectory
-    resuming      every random-number generator, put back          seed_everything, rng_state
-    stopping      Ctrl-C ends the step that runs, then saves       ctrl_c
-    many ranks    torchrun with replicated or sharded weights      ranks, distribute, full_state
+    read_json      the one reader of JSON, for files that anybody may have written
+    whole_file     a file that appears in one step, or never
+    RunDirectory   what a run leaves behind; a former run is kept, and nothing else is ever harmed
+    stop_signals   Ctrl-C ends the step that runs, then saves
 
-Nothing in here knows a model. What a run directory holds is listed at `RunDirectory`.
+This file is the same in every folder of Piko. It imports numpy, filelock and the standard library,
+and nothing in it knows a model.
 """
 
-import argparse
 import contextlib
-import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
-import random
+import re
+import shutil
 import signal
-import sys
-import time
-import types
-import typing
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
-import safetensors.torch
-import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict as dcp
-from tqdm import tqdm
+
+from options import UserError, rank_asked, say
+
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json that we know has 35 million
 
 
-class UserError(Exception):
-    """Something that the user can mend. The message names the thing and the mend in one line."""
-
-
-def say(text: str = "") -> None:
-    """Print to stderr, once however many ranks there are: stdout is for results alone."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        tqdm.write(text, file=sys.stderr)
-
-
-def command_line(main) -> None:
-    """Run `main()` and exit: 0, or 2 after one line for a UserError, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # Windows consoles are not UTF-8 by default
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except UserError as error:
-        say("error: " + " ".join(str(error).split()))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of our stdout left, as in `main.py --sample | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-# options
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that complains like everything else here: one line, exit code 2."""
-
-    def error(self, message: str):
-        raise UserError(f"{message} (`python main.py` lists the options)")
-
-
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-def add_options(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """A flag, without a default, for each field of these dataclasses that has a help text."""
-    for config in configs:
-        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for field in dataclasses.fields(config):
-            if "help" not in field.metadata:
-                continue
-            kind = field.type
-            if isinstance(kind, types.UnionType):  # int | None
-                kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            if kind is not bool:
-                choices = field.metadata.get("choices")
-                how |= {"choices": choices} if choices else {"metavar": kind.__name__.upper()}
-            text = field.metadata["help"].replace("%", "%%") + f" (default {field.default})"
-            flag = "--" + field.name.replace("_", "-")
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-
-
-def given(args: argparse.Namespace, config: type) -> dict:
-    """The fields of the dataclass `config` that stand on the command line."""
-    names = {field.name for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
-
-
-def from_options(base, args: argparse.Namespace):
-    """The instance `base` with what stands on the command line; UserError if it cannot be."""
-    try:
-        return dataclasses.replace(base, **given(args, type(base)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-# hardware
-
-
-def accelerators() -> list[str]:
-    """The kinds of device beside the CPU that this torch can use, the fastest first."""
-    mps = torch.backends.mps.is_available()
-    return ["cuda"] * torch.cuda.is_available() + ["mps"] * mps
-
-
-def choose_device(name: str) -> tuple[torch.device, str]:
-    """The device called `name` (auto, cpu, cuda, mps) and a word on why."""
-    there = [*accelerators(), "cpu"]
-    if name not in ("auto", *there):
-        raise UserError(f"--device {name}: this torch sees none here, use --device auto")
-    why = "the fastest here" if name == "auto" else "as asked"
-    name = there[0] if name == "auto" else name
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device(name), why
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype, n: int = 1024) -> float:
-    """FLOP/s of an n × n matrix product: the best of forty, so of a quiet moment."""
-    own_dice = torch.Generator().manual_seed(0)  # a measurement must not change the run
-    a = torch.randn(n, n, generator=own_dice).to(device, dtype)
-    best = float("inf")
-    for _ in range(40):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # .item() waits for the device
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
-def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
-    """The number format to compute in (auto, float32, bfloat16) and why.
-
-    Many CPUs have no bfloat16 instructions and emulate them slowly, so on CPUs auto measures.
-    Weights and optimizer state stay in float32 either way.
-    """
-    if name != "auto":
-        return getattr(torch, name), "as asked"
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return (torch.bfloat16, "native here") if fast else (torch.float32, "no native bfloat16")
-    if device.type == "mps":
-        return torch.float32, "the proven choice on mps"
-    gain = matmul_rate(device, torch.bfloat16, 512) / matmul_rate(device, torch.float32, 512)
-    why = f"bfloat16 products run {gain:.1f} × as fast as float32 ones on this CPU"
-    return (torch.bfloat16 if gain > 1.5 else torch.float32), why
-
-
-# random numbers
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch on every device."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def rng_state() -> dict:
-    """The state of every generator, as types that torch.load(weights_only=True) accepts."""
-    kind, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    state["numpy"] = (kind, torch.from_numpy(keys.astype(np.int64)), *rest)
-    return state | {name: getattr(torch, name).get_rng_state() for name in accelerators()}
-
-
-def restore_rng(state: dict) -> None:
-    """Put the generators back to where `rng_state` found them."""
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"])
-    for name in state.keys() & set(accelerators()):
-        getattr(torch, name).set_rng_state(state[name])
-
-
-# files
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def whole_file(path: Path):
-    """Yield a temporary path beside `path` that becomes `path` in one step, on disk, or never."""
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` in one step, on disk, or never.
+
+    UserError where it cannot be written, say because the disk is full.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value) -> None:
     """Write `value` as JSON, whole or not at all."""
-    with whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-class RunDirectory:
-    """The files of one run. Only rank 0 writes.
-
-    config.json         what was run, with the versions it ran on
-    log.jsonl           a line for each logged step
-    model.safetensors   the weights that were best on validation
-    checkpoint.pt       everything to go on from: loads with torch.load(weights_only=True)
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.config, self.log_file = self.path / "config.json", self.path / "log.jsonl"
-        self.weights, self.checkpoint = self.path / "model.safetensors", self.path / "checkpoint.pt"
-        self.writes = int(os.environ.get("RANK", 0)) == 0
-
-    def start(self) -> None:
-        """Make the directory and forget the run that it held before."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.checkpoint, self.weights, self.log_file, *self.path.glob(".*.part")):
-                file.unlink(missing_ok=True)
-            self.log_file.touch()
-        except OSError as error:
-            raise UserError(f"cannot write a run to --out {self.path}: {error.strerror}") from None
-
-    def save_config(self, config: dict) -> None:
-        """Write config.json: `config` and the versions it runs on."""
-        if self.writes:
-            versions = {"python": platform.python_version(), "torch": torch.__version__}
-            versions |= {"numpy": np.__version__, "platform": platform.platform()}
-            write_json(self.config, config | {"versions": versions})
-
-    def log(self, **line) -> None:
-        """Append one line of numbers to log.jsonl."""
-        if self.writes:
-            with open(self.log_file, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-
-    def history(self, before: float = float("inf")) -> list[dict]:
-        """The logged lines up to step `before`; later ones, and a line cut short, are dropped."""
-        lines = []
-        if self.log_file.exists():
-            for text in self.log_file.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    lines.append(json.loads(text))
-        kept = [line for line in lines if line["step"] <= before]
-        if self.writes and before != float("inf"):
-            with whole_file(self.log_file) as part:
-                part.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
-        return kept
-
-    def save_weights(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write model.safetensors."""
-        if self.writes:
-            with whole_file(self.weights) as part:
-                tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-                safetensors.torch.save_file(tensors, part, metadata={"format": "pt"})
-
-    def save_checkpoint(self, state: dict) -> None:
-        """Write checkpoint.pt: `state` and the generators of every rank. All ranks must call it."""
-        rngs = [rng_state()]
-        if dist.is_initialized():
-            rngs = [None] * dist.get_world_size()
-            dist.all_gather_object(rngs, rng_state())
-        if self.writes:
-            with whole_file(self.checkpoint) as part:
-                torch.save(state | {"rng": rngs}, part)
-
-    def load_checkpoint(self) -> dict:
-        """Read checkpoint.pt and put this rank's generators back. UserError if there is none."""
-        if not self.checkpoint.exists():
-            raise UserError(f"nothing to resume in {self.path}: there is no checkpoint.pt")
-        try:
-            state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
-            rngs = state.pop("rng")
-            restore_rng(rngs[int(os.environ.get("RANK", 0)) % len(rngs)])
-        except Exception as error:
-            raise UserError(f"{self.checkpoint} is damaged ({type(error).__name__})") from None
-        return state
-
-
-def newest_run(folder: Path) -> Path | None:
-    """The directory below `folder` whose model.safetensors is the newest."""
-    found = folder.glob("*/model.safetensors")
-    newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
-    return newest and newest.parent
-
-
-# stopping and showing
-
-
-@contextlib.contextmanager
-def ctrl_c():
-    """Yield a function that says whether Ctrl-C (or a polite kill) came; a second one ends at once.
-
-    Under torchrun the signals keep their usual meaning: ranks that stopped at different steps
-    would wait for one another for ever.
-    """
-    asked = []
-
-    def note(number, frame):
-        asked.append(number)
-        signal.signal(number, previous[number])
-
-    wanted = [] if dist.is_initialized() else [signal.SIGINT, signal.SIGTERM]
-    previous = {number: signal.signal(number, note) for number in wanted}
+def read_json(path: Path, optional: bool = False) -> dict:
+    """The object in a JSON file; {} if it is optional and not there. UserError if it is unfit."""
     try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-class Progress:
-    """A bar with rate and ETA on a terminal, a plain line for each `note` elsewhere."""
-
-    def __init__(self, total: int, done: int = 0):
-        silent = not sys.stderr.isatty() or int(os.environ.get("RANK", 0)) > 0
-        self.bar = tqdm(total=total, initial=done, disable=silent, file=sys.stderr, unit="step")
-
-    def step(self) -> None:
-        self.bar.update()
-
-    def note(self, text: str) -> None:
-        say(text)
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-# many ranks
-
-
-@contextlib.contextmanager
-def ranks(device: torch.device):
-    """Join torchrun's process group, if there is one. Yields (rank, number of ranks)."""
-    if "RANK" not in os.environ:
-        yield 0, 1
-        return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        time.sleep(0.1)  # gloo's threads take the GIL to free their last tensors, or joining hangs
-        dist.destroy_process_group()
-
-
-def distribute(model: torch.nn.Module, pieces: list, shard: bool) -> torch.nn.Module:
-    """The model on all ranks: weights replicated, or sharded piece by piece to fit."""
-    if shard:
-        from torch.distributed.fsdp import fully_shard
-
-        for module in [*pieces, model]:
-            fully_shard(module)
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
-
-
-def barrier() -> None:
-    """Wait for the other ranks."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def sum_over_ranks(value: torch.Tensor) -> torch.Tensor:
-    """The sum of `value` over all ranks, on each of them."""
-    if dist.is_initialized():
-        dist.all_reduce(value)
+        if optional and not path.exists():
+            return {}
+        if not path.is_file():
+            raise UserError(f"{path} is missing or no file")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON:,} bytes: that is no config")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, 5,000 digits, 5,000 levels
+        raise UserError(f"{path} is damaged or no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
     return value
 
 
-WHOLE = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+# ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def full_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU with plain names, however the model is wrapped."""
-    return dcp.get_model_state_dict(model, options=WHOLE)
+class RunDirectory:
+    """The directory of one run. Only rank 0 writes.
+
+    config.json         what was run, with the versions of Python and of the libraries
+    log.jsonl           a line for each logged step
+    model.safetensors   the weights that were best on the validation part
+    checkpoint.pt       everything to go on from
+    """
+
+    RESULTS = ("model.safetensors", "checkpoint.*")
+    FILES = (  # what runs leave; a directory with other things in it is never deleted
+        "config.json", "log.jsonl", "*.safetensors", "checkpoint.*", "*.bin", "*.npz", "*.model",
+        "tokenizer*.json", "tokens.json", "alphabet.json", "samples.*", "figures/*.png", ".*.part",
+    )  # fmt: skip
+
+    def __init__(self, path: str | Path, results: tuple[str, ...] = RESULTS):
+        """results: patterns of what makes a run worth keeping when another takes its place."""
+        if not str(path).strip() or not Path(os.path.abspath(path)).name:
+            raise UserError("--out needs the name of a directory")
+        self.path, self.results = Path(os.path.abspath(path)), results
+        self.config, self.log_file = self.path / "config.json", self.path / "log.jsonl"
+        self.weights, self.checkpoint = self.path / "model.safetensors", self.path / "checkpoint.pt"
+        self.writes = rank_asked() == 0
+
+    @property
+    def previous(self) -> Path:
+        """Where the former run is kept."""
+        return self.path.with_name(self.path.name + ".previous")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who writes to this run; sweep up what a killed one left half written.
+
+        UserError if another training writes there.
+        """
+        if not self.writes:
+            yield
+            return
+        with only_writer(self.path):
+            self.sweep()
+            yield
+
+    def sweep(self) -> None:
+        """Delete what `create` and `whole_file` of a killed process left half done."""
+        half_done = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.(new|old)")
+        for left in self.path.parent.iterdir():
+            if half_done.fullmatch(left.name):
+                remove_tree(left)
+        for part in self.path.iterdir() if is_run(self.path) else []:
+            if re.fullmatch(r"\..+\.\d+\.part", part.name):
+                part.unlink()
+
+    def refuse_what_is_not_ours(self) -> None:
+        """UserError if a new run could not take this place without harm to something else."""
+        for path in (self.path, self.previous):
+            if os.path.lexists(path) and not is_run(path):
+                raise UserError(f"--out: {path} exists and is no run: choose another name")
+        if os.path.lexists(self.path) and (found := self.not_ours(self.to_be_deleted())):
+            raise UserError(f"{found.parent} is to be replaced, but holds {found.name}: move it")
+
+    def to_be_deleted(self) -> Path:
+        """The former run if it has no result yet, else the one before it."""
+        has_result = any(list(self.path.glob(pattern)) for pattern in self.results)
+        return self.previous if has_result else self.path
+
+    def not_ours(self, folder: Path) -> Path | None:
+        """A file in `folder` that no run left there."""
+        ours = {file for pattern in self.FILES for file in folder.glob(pattern)}
+        files = {file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+        return min(files - ours, default=None)
+
+    def create(self, config: dict, fill: Callable[[Path], None] = lambda folder: None) -> None:
+        """Begin a new run: config.json, an empty log and what `fill(folder)` writes.
+
+        All of it is written beside and takes its place in one step. If anything fails before that,
+        nothing has changed. A former run in this place is kept, once, as `previous`.
+        """
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        old = new.with_suffix(".old")
+        try:
+            new.mkdir(parents=True)
+            RunDirectory(new).save_config(config)
+            (new / "log.jsonl").touch()
+            fill(new)
+            self.refuse_what_is_not_ours()
+            if os.path.lexists(self.path):
+                with only_writer(self.previous):
+                    self.make_room(old)
+            os.rename(new, self.path)
+        finally:
+            for left in (new, old):
+                if os.path.lexists(left):
+                    remove_tree(left)
+
+    def make_room(self, old: Path) -> None:
+        """Move the former run to `previous`, and the one before it, or one without result, away."""
+        outdated = self.to_be_deleted()
+        if os.path.lexists(outdated):
+            os.rename(outdated, old)
+        if outdated == self.previous:
+            os.rename(self.path, self.previous)
+            say(f"the former run in {self.path} is kept as {self.previous}")
+
+    def save_config(self, config: dict) -> None:
+        """Write config.json: `config` and the versions it runs on."""
+        versions = {"python": platform.python_version(), "numpy": np.__version__}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["torch"] = importlib.metadata.version("torch")
+        versions["platform"] = platform.platform()
+        write_json(self.config, config | {"versions": versions})
+
+    def log(self, **line) -> None:
+        """Append one line of numbers to log.jsonl."""
+        if not self.writes:
+            return
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror}") from None
+
+    def history(self) -> list[dict]:
+        """The logged lines. What is no line of ours, such as one cut short, is passed over."""
+        lines = []
+        if self.log_file.exists():
+            for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and type(line.get("step")) is int:
+                        lines += [line] if isinstance(line.get("split"), str) else []
+        return lines
+
+    def truncate_log(self, step: int) -> None:
+        """Forget the lines after `step`: a resumed run will write them again."""
+        if self.writes:
+            kept = [line for line in self.history() if line["step"] <= step]
+            write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def full_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """Whole state of model and optimizer on the CPU, by parameter names."""
-    weights, moments = dcp.get_state_dict(model, optimizer, options=WHOLE)
-    return {"model": weights, "optimizer": moments}
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory. UserError if somebody else does."""
+    real = Path(os.path.realpath(path))  # one lock, whatever link leads there
+    real.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another training writes to {path}: take another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def load_full_state(model, optimizer, state: dict) -> None:
-    """The reverse of `full_state`."""
-    options = dcp.StateDictOptions(full_state_dict=True)
-    weights, moments = state["model"], state["optimizer"]
-    dcp.set_state_dict(
-        model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
-    )
+def is_run(path: Path) -> bool:
+    """Is this the directory of a run, to judge by its config.json?"""
+    with contextlib.suppress(UserError):
+        return {"train", "versions"} <= read_json(path / "config.json").keys()
+    return False
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, or the link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def newest_run(folder: Path, result: str = "model.safetensors") -> Path | None:
+    """The run below `folder` whose `result` is the newest."""
+    found = [file for file in folder.glob(f"*/{result}") if not file.parent.name.startswith(".")]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+
+
+def place_to_export(folder: str) -> Path:
+    """The folder to export to. UserError unless it is new or empty: nothing is written over."""
+    path = Path(os.path.abspath(folder))
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"--export {folder}: name a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--export {folder}: there is something in it; name a new folder")
+    if any(is_run(parent) for parent in path.parents):
+        raise UserError(f"--export {folder}: this is inside of a run; name a new folder elsewhere")
+    return path
+
+
+# ── Stopping ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C, a polite kill or a hang-up of the terminal came.
+
+    The same signal a second time does what it always does: it ends the program at once.
+    """
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, usual[number])
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other gets signals
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ()
+    wanted = [
+        getattr(signal, name) for name in names if hasattr(signal, name)
+    ]  # not all on Windows
+    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    usual = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

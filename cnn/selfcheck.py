@@ -7,7 +7,6 @@ nothing, and the shipped network is about as good as the log beside it says (on 
 """
 
 import copy
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,12 +19,13 @@ import data
 import layers
 import optim
 import quantize
-import run
 import train
+from hardware import choose_device, seed_everything
 from model import NetConfig, build
-from run import UserError
+from options import UserError, from_options
+from run import RunDirectory
 
-SIZES = NetConfig("resnet", 8, 8, 3, "B", image_height=16, image_width=16)
+SIZES = NetConfig(net="resnet", width=8, depth=8, shortcut="B", image_height=16, image_width=16)
 TOLERANCE = 1e-4  # of the largest number: what float32 and another order of summation may cost
 SHIPPED = Path(__file__).resolve().parent / "pretrained"
 
@@ -72,8 +72,7 @@ def checks(device: torch.device) -> Iterator[tuple[str, float, float]]:
     error = (quantize.fold(model)(x.double()) - model(x.double())).abs().max()
     yield "batch normalisation folded = not folded", error.item(), 1e-10
     loaded, found = checkpoint.load(SHIPPED), data.load()
-    log = (SHIPPED / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    said = next(line for line in map(json.loads, log) if line["split"] == "test")["accuracy"]
+    said = RunDirectory(SHIPPED).history()[-1]["accuracy"]  # the last line is of the test part
     loaded.model.to(device)
     score = train.evaluate(loaded.model, found.test[:500], found, torch.float32)
     yield "accuracy of the shipped network = as logged", abs(score["accuracy"] - said), 0.03
@@ -81,8 +80,8 @@ def checks(device: torch.device) -> Iterator[tuple[str, float, float]]:
 
 def main(args) -> None:
     """Print a line for each check. UserError names the device that lies."""
-    device, why = run.choose_device(run.from_options(train.TrainConfig(), args).device)
-    run.seed_everything(0)
+    device, why = choose_device(from_options(train.TrainConfig(), args).device)
+    seed_everything(0)
     print(f"device {device}: {why}; torch {torch.__version__}")
     bad = []
     for name, error, tolerance in checks(device):

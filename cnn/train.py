@@ -1,20 +1,18 @@
 """Training: momentum on the cross-entropy of augmented pictures, resumable to the bit.
 
-`train(config, sizes)` is the whole story and returns the log. A batch and its augmentation depend
-on (seed, step) alone. The validation part decides which weights are best; the test part is looked
-at once, in the end.
+`train(config, sizes)` is the whole story and returns the log. What is special about pictures
+stands here: the options, the views that a batch is made of, its loss, the optimizer, and how a
+score reads. trainer.py has the step that these are parts of, loop.py the steps one after another.
 
-Batch normalisation looks at the whole batch, so under torchrun its sums run over all ranks, and
-there is no accumulation over smaller batches: that would be another network.
+A batch and its augmentation depend on (seed, step) alone. The validation part decides which weights
+are best; the test part is looked at once, in the end.
+
+Key: N pictures, C channels, H and W height and width, K classes.
 """
 
-import copy
-import dataclasses
 import functools
-import math
-import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,66 +21,67 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import hardware
 import layers
 import optim
-import run as machinery
 from augment import ASYMMETRY, augment, mirror_matters, normalize, predict
-from model import NetConfig, build
+from loop import run_loop
+from model import PRESETS, NetConfig, build, macs, parameters_by_kind
+from options import UserError, option, say
 from ranks import synced
-from report import Log, announce, conclude
-from run import RunDirectory, UserError, option, say
+from report import conclude, describe, expectations
+from run import RunDirectory, whole_file
+from trainer import CommonConfig, Trainer, announce, as_described, facts
 
-HERE = Path(__file__).resolve().parent
-RESUMABLE = {"out", "data", "steps", "device", "compile", "eval_every", "checkpoint_every"}
 LAYERS = {"torch": nn, "scratch": layers}
+CACHE = "pictures.npz"  # in a run: the decoded pictures, where reading them takes a while
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(CommonConfig):
     """The training.
 
     Raises ValueError for values that make no sense.
     """
 
     data: str = option("shapes-10", "shapes-10, a folder, an .npz file, or hf:OWNER/NAME")
-    out: str = option(str(HERE / "runs" / "default"), "run directory")
-    steps: int = option(800, "optimizer steps")
-    batch_size: int = option(256, "pictures per step, over all ranks")
+    image_size: int = option(
+        0, "scale and crop pictures to this many pixels a side; 0 takes them as they are",
+        least=0, most=1024,
+    )  # fmt: skip
+    steps: int = option(800, "optimizer steps", least=1)
+    batch_size: int = option(128, "pictures per step, over all ranks", least=1)
     optimizer: str = option("muon", "how gradients become steps", ("muon", "sgd"))
-    lr: float = option(0.2, "highest learning rate")
-    momentum: float = option(0.9, "Nesterov's")
-    weight_decay: float = option(5e-4, "of filters and matrices")
-    label_smoothing: float = option(0.1, "part of the label that is shared by all classes")
+    lr: float = option(0.2, "highest learning rate", above=0)
+    momentum: float = option(0.9, "how much of the last direction is kept", least=0, below=1)
+    nesterov: bool = option(True, "look ahead along the momentum (Nesterov)")
+    weight_decay: float = option(5e-4, "of filters and matrices", least=0)
+    grad_clip: float = option(0.0, "largest norm of the gradient; 0 is no limit", least=0)
+    label_smoothing: float = option(
+        0.1, "part of the label that is shared by all classes", least=0, below=1
+    )
     schedule: str = option("onecycle", "of the learning rate", ("onecycle", "step", "constant"))
-    warmup: float = option(0.2, "part of the steps in which one cycle rises")
-    ema: float = option(0.95, "keep this much of the averaged weights each step; 0 is no average")
-    shift: int = option(-1, "pixels to move training pictures at most; -1 is a fourteenth")
+    warmup: float = option(0.2, "part of the steps in which one cycle rises", least=0, below=1)
+    ema: float = option(0.95, "score averaged weights that keep this much a step", least=0, below=1)
+    shift: int = option(
+        -1, "pixels to move training pictures at most; -1 is a fourteenth", least=-1
+    )
     flip: str = option("auto", "mirror training pictures; auto measures", ("auto", "on", "off"))
-    cutout: int = option(0, "side of a square to hide in training pictures")
+    cutout: int = option(0, "side of a square to hide in training pictures", least=0)
     views: bool = option(True, "average the answers to views that training taught")
-    eval_every: int = option(50, "steps between looks at the validation part")
-    checkpoint_every: int = option(100, "steps between checkpoints")
-    seed: int = option(0, "of weights, batches and the validation part")
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda", "mps"))
-    dtype: str = option("auto", "number format of products", ("auto", "float32", "bfloat16"))
+    eval_every: int = option(50, "steps between looks at the validation part", least=1)
     layers: str = option("torch", "whose layers: torch's, or ours of layers.py", tuple(LAYERS))
-    weights: str = option("", "begin with these weights")
-    compile: bool = option(False, "torch.compile: a minute of waiting, then faster steps")
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "eval_every", "checkpoint_every", "lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be more than 0, not {getattr(self, name)}")
-        for name in ("weight_decay", "cutout", "seed"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
-        for name in ("momentum", "label_smoothing", "warmup", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), not {getattr(self, name)}")
-        if self.shift < -1:
-            raise ValueError(f"shift must not be negative: {self.shift}")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed must be less than 2³², not {self.seed}")
+        super().__post_init__()
+        if self.micro_batch_size:
+            raise ValueError(
+                "micro_batch_size: batch normalisation looks at the whole batch, which cannot be "
+                "split; take a smaller batch_size"
+            )
+
+
+# ── Batches and scores ────────────────────────────────────────────────────────────────────────────
 
 
 @functools.lru_cache(maxsize=2)
@@ -103,13 +102,20 @@ def batch_rows(n: int, batch_size: int, step: int, seed: int) -> Tensor:
     )
 
 
-def evaluate(model: nn.Module, split: data.Split, dataset, dtype: torch.dtype, averaged=()) -> dict:
-    """Score one part: accuracy, and nats of −log p(label)."""
-    device = next(iter(model.state_dict().values())).device.type
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-        p = predict(model, split.images, dataset.mean, dataset.std, averaged)
-    nats = -p.gather(1, split.labels[:, None]).clamp(min=1e-12).log()
-    right = p.argmax(1) == split.labels
+def answers(model: nn.Module, images: Tensor, constants, dtype: torch.dtype, views=()) -> Tensor:
+    """The probabilities (N, K) that the model gives to pictures (N, C, H, W) of bytes.
+
+    constants: what has the mean and std that the model wants. views: as `augment.predict`.
+    """
+    device = next(iter(model.state_dict().values())).device
+    with hardware.autocast(device, dtype):
+        return predict(model, images, constants.mean, constants.std, views)
+
+
+def score_of(p: Tensor, labels: Tensor) -> dict:
+    """Accuracy, and the mean nats of −log p(label), of answers p (N, K) to pictures with labels."""
+    nats = -p.gather(1, labels[:, None]).clamp(min=1e-12).log()
+    right = p.argmax(1) == labels
     return {
         "accuracy": right.double().mean().item(),
         "loss": nats.mean().item(),
@@ -117,206 +123,199 @@ def evaluate(model: nn.Module, split: data.Split, dataset, dtype: torch.dtype, a
     }
 
 
-class Trainer:
-    """Model, its average and the optimizer of one run, and the step that joins them."""
+def evaluate(model: nn.Module, split: data.Split, constants, dtype: torch.dtype, views=()) -> dict:
+    """Score one part."""
+    return score_of(answers(model, split.images, constants, dtype, views), split.labels)
 
-    def __init__(self, config: TrainConfig, model: nn.Module, dataset, dtype: torch.dtype):
-        self.config, self.dataset, self.dtype = config, dataset, dtype
-        self.device = next(model.parameters()).device
-        self.images, self.labels = (
-            x.to(self.device) for x in (dataset.train.images, dataset.train.labels)
-        )
-        side = min(self.images.shape[2:])
+
+class PictureTrainer(Trainer):
+    """What of a training step is special about pictures: their views, and the loss of the label."""
+
+    unit = "pictures"
+
+    def __init__(
+        self, config: TrainConfig, sizes: NetConfig, model: nn.Module, dataset, dtype: torch.dtype
+    ):
+        if config.shard:
+            raise UserError("--shard is for weights that outgrow a device, and these networks are "
+                            "small: leave it out and start with torchrun")  # fmt: skip
+        side = min(sizes.image_height, sizes.image_width)
         self.shift = round(side / 14) if config.shift < 0 else config.shift
         if self.shift >= side:
             raise UserError(f"--shift {self.shift} is too far for pictures of {side} pixels")
         self.asymmetry = mirror_matters(dataset.train) if config.flip == "auto" else 0.0
         self.flip = config.flip == "on" or (config.flip == "auto" and self.asymmetry < ASYMMETRY)
-        model = model.to(memory_format=torch.channels_last)
-        self.average = copy.deepcopy(model) if config.ema else model
-        self.model = machinery.distribute(synced(model), [], shard=False)
-        self.optimizer = optim.Momentum(
-            optim.groups(model, config.optimizer, config.weight_decay),
-            lr=config.lr, momentum=config.momentum,
-        )  # fmt: skip
-        self.forward = torch.compile(self.model) if config.compile else self.model
+        model = synced(model.to(memory_format=torch.channels_last))
+        super().__init__(config, model, [], dtype)
+        self.dataset, self.sizes = dataset, sizes
+        self.images, self.labels = (
+            x.to(self.device) for x in (dataset.train.images, dataset.train.labels)
+        )
+        self.flops_per_unit = 6 * macs(model, sizes)  # 2 forward, 4 backward
 
     @property
     def averaged(self) -> tuple[str, ...]:
         """The kinds of view that training taught the network, and so may be averaged over."""
-        return ("flip",) * self.flip + ("shift",) * bool(self.shift)
+        kinds = []
+        if self.flip:
+            kinds.append("flip")
+        if self.shift:
+            kinds.append("shift")
+        return tuple(kinds)
+
+    def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        config = self.config
+        groups = optim.groups(parameters_by_kind(model), config.optimizer, config.weight_decay)
+        return optim.Momentum(
+            groups, config.lr, config.momentum, nesterov=config.nesterov, dtype=self.dtype
+        )
 
     def learning_rate(self, step: int) -> float:
         config = self.config
         return config.lr * optim.scheduled(config.schedule, step, config.steps, config.warmup)
 
-    def step(self, number: int, rank: int, world: int) -> tuple[float, float]:
-        """One optimizer step. Returns loss and accuracy of the whole batch.
-
-        The loss is NaN, and no step was taken, if the gradient is not finite.
-        """
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Views of the pictures of a step (N, C, H, W), still in bytes, and their labels (N,)."""
         config = self.config
-        rows = batch_rows(len(self.labels), config.batch_size, number, config.seed)
-        rows = rows.to(self.device)
-        dice = np.random.default_rng((config.seed, 1, number))
-        images = augment(self.images[rows], self.shift, self.flip, config.cutout, dice)
-        images, labels = images[rank::world], self.labels[rows[rank::world]]
-        images = normalize(images, self.dataset.mean, self.dataset.std)
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            logits = self.forward(images).float()
-        smoothing = config.label_smoothing
+        rows = batch_rows(len(self.labels), config.batch_size, step, config.seed).to(self.device)
+        dice = np.random.default_rng((config.seed, 1, step))
+        views = augment(self.images[rows], self.shift, self.flip, config.cutout, dice)
+        return views, self.labels[rows]
+
+    def batch_loss(self, forward: Callable, images: Tensor, labels: Tensor) -> tuple:
+        logits = forward(normalize(images, self.dataset.mean, self.dataset.std)).float()
+        smoothing = self.config.label_smoothing
         loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
-        loss = loss / config.batch_size
-        (loss * world).backward()  # times world: gradients are averaged over the ranks
-        right = (logits.argmax(1) == labels).sum() / config.batch_size
-        total = machinery.sum_over_ranks(torch.stack((loss.detach(), right)))
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if not torch.isfinite(total[0] + norm):
-            return math.nan, 0.0
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate(number) * group["scale"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.follow(number)
-        return tuple(total.tolist())
+        return loss, len(labels), {"accuracy": (logits.argmax(1) == labels).sum()}
 
-    @torch.no_grad()
-    def follow(self, number: int) -> None:
-        """Move the averaged weights a little towards the current ones; early on, faster."""
-        keep = min(self.config.ema, (1 + number) / (10 + number))
-        if self.config.ema:
-            current = getattr(self.model, "module", self.model).state_dict()
-            for name, mean in self.average.state_dict().items():
-                if mean.is_floating_point():
-                    mean.lerp_(current[name], 1 - keep)
-                else:
-                    mean.copy_(current[name])
+    def score(self) -> dict:
+        return evaluate(self.scored, self.dataset.valid, self.dataset, self.dtype)
 
-    def save(self, run: RunDirectory, step: int, best: tuple[float, float]) -> None:
-        """Write checkpoint.pt: all that `restore` needs to go on as if nothing had happened."""
-        state = machinery.full_state(self.model, self.optimizer)
-        state |= {"average": self.average.state_dict(), "step": step, "best": list(best)}
-        run.save_checkpoint(state)
-
-    def restore(self, run: RunDirectory) -> tuple[int, tuple[float, float]]:
-        """Go back to the last checkpoint. Returns the steps done and the best validation score."""
-        state = run.load_checkpoint()
-        try:
-            machinery.load_full_state(self.model, self.optimizer, state)
-            self.average.load_state_dict(state["average"])
-            done, best = state["step"], tuple(state["best"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"{run.checkpoint} is damaged or of another run: {error}") from None
-        run.history(before=done)
-        return done, best
+    def describe(self, score: dict) -> str:
+        return describe(score)
 
 
-def absolute(config: TrainConfig) -> TrainConfig:
-    """The same with whole paths, so that a run is found again from another folder."""
-    paths = {name: getattr(config, name) for name in ("out", "data", "weights")}
-    named = ("shapes-10", "hf:")  # what is no path
-    whole = {k: str(Path(v).resolve()) for k, v in paths.items() if v and not v.startswith(named)}
-    return dataclasses.replace(config, **whole)
+# ── A run ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def started_with(folder: Path) -> tuple[TrainConfig, NetConfig]:
-    """What the run in `folder` was started with. UserError if there is none."""
-    saved = checkpoint.read_config(folder)
-    if "train" not in saved:
-        raise UserError(f"nothing to resume in {folder}: no run was started there")
-    try:
-        return TrainConfig(**saved["train"]), NetConfig(**saved["model"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json is damaged: {error}") from None
-
-
-def refuse_changes(started: tuple, asked: tuple) -> None:
-    """UserError if the command line asks a resumed run to be another one."""
-    was, now = ({**vars(config), **vars(sizes)} for config, sizes in (started, asked))
-    for name, value in was.items():
-        if now[name] not in (value, "auto") and name not in RESUMABLE:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"the run to resume has {flag} {value}, not {now[name]}: leave it out")
-
-
-def network(config: TrainConfig, sizes: NetConfig, dataset) -> tuple[nn.Module, NetConfig]:
-    """The network for this data, fresh or from `config.weights` (a head that misfits is new)."""
+def sizes_for(sizes: NetConfig, dataset: data.Dataset) -> NetConfig:
+    """`sizes` with what the data decides. UserError if there is no such network."""
     channels, height, width = dataset.train.images.shape[1:]
-    pictures = {"channels": channels, "image_height": height, "image_width": width}
-    pictures |= {"n_class": len(dataset.classes)}
     try:
-        if not config.weights:
-            sizes = dataclasses.replace(sizes, **pictures)
-            return build(sizes, LAYERS[config.layers]), sizes
-        loaded = checkpoint.load(config.weights)
-        sizes = dataclasses.replace(loaded.sizes, **pictures)
+        return replace(
+            sizes,
+            channels=channels,
+            image_height=height,
+            image_width=width,
+            n_class=len(dataset.classes),
+        )
     except ValueError as error:
         raise UserError(f"--data {dataset.name}: {error}") from None
-    model, state = build(sizes, LAYERS[config.layers]), loaded.model.state_dict()
+
+
+def network(
+    config: TrainConfig, sizes: NetConfig, loaded: checkpoint.Loaded | None = None
+) -> nn.Module:
+    """The network to train: fresh, or with loaded weights (a head that misfits is new)."""
+    model = build(sizes, LAYERS[config.layers])
+    if not loaded:
+        return model
+    state = loaded.model.state_dict()
     if loaded.sizes.n_class != sizes.n_class:
-        say(f"{config.weights} knows {loaded.sizes.n_class} classes: the last layer begins anew")
+        say(f"{loaded.path} knows {loaded.sizes.n_class} classes: the last layer begins anew")
         state |= {name: model.state_dict()[name] for name in ("fc.weight", "fc.bias")}
-    return checkpoint.fill(model, state, config.weights), sizes
+    return checkpoint.fill(model, state, loaded.path)
 
 
-def finish(run: RunDirectory, trainer: Trainer, log: Log, facts: dict) -> None:
-    """Look at the test part, once, with the weights that were best on validation."""
-    dataset, kinds = trainer.dataset, facts["views"]
-    model = checkpoint.load(run.path).model.to(trainer.device)
-    model = model.to(memory_format=torch.channels_last)
-    result = evaluate(model, dataset.test, dataset, trainer.dtype, kinds)
-    log.score(trainer.config.steps, "test", result)
-    conclude(dataset, run.history(), result["accuracy"])
+def check_memory(config: TrainConfig, sizes: NetConfig, device: torch.device) -> None:
+    """UserError if the training cannot fit, before any of it is built.
 
-
-def train(config: TrainConfig, sizes: NetConfig, resume: bool = False) -> list[dict]:
-    """Train, and return the log. With `resume`, go on from the last checkpoint in `config.out`.
-
-    Raises UserError for data, sizes or files that will not do and for a loss that is not finite.
+    Counted are the weights with gradient, momentum and average, and two activations of the first
+    layer, four bytes a number.
     """
-    device, why_device = machinery.choose_device(config.device)
-    dtype, why_dtype = machinery.choose_dtype(config.dtype, device)
-    config = dataclasses.replace(config, dtype=str(dtype).removeprefix("torch."))
-    run = RunDirectory(config.out)
-    with machinery.ranks(device) as (rank, world), machinery.ctrl_c() as stopped:
-        machinery.seed_everything(config.seed)
-        dataset = data.load(config.data, config.seed)
-        model, sizes = network(config, sizes, dataset)
-        trainer = Trainer(config, model.to(device), dataset, dtype)
-        if run.writes and not resume:
-            run.start()
-        done, best = trainer.restore(run) if resume else (0, (-1.0, 0.0))
-        say(f"device     {device}: {why_device}; {config.dtype}: {why_dtype}; {world} rank(s)")
-        announce(model, sizes, trainer)
-        facts = {"name": dataset.name, "classes": dataset.classes}
-        facts |= {"mean": dataset.mean, "std": dataset.std, "ceiling": dataset.ceiling}
-        facts = {"model": asdict(sizes), "train": asdict(config), "data": facts}
-        facts["views"] = trainer.averaged if config.views else ()
-        run.save_config(facts)
-        log = Log(run, trainer, sizes, done)
-        while done < config.steps and not stopped():
-            start = time.perf_counter()
-            loss, accuracy = trainer.step(done, rank, world)
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} at step {done + 1}: try --lr {config.lr / 4:g}; the last "
-                    f"good state is {run.checkpoint if run.checkpoint.exists() else 'the start'}"
-                )
-            done += 1
-            log.step(done, loss, accuracy, time.perf_counter() - start)
-            if done % config.eval_every == 0 or done == config.steps:
-                score = evaluate(trainer.average, dataset.valid, dataset, dtype)
-                log.score(done, "valid", score)
-                if (score["accuracy"], -score["loss"]) > best:
-                    best = (score["accuracy"], -score["loss"])
-                    run.save_weights(trainer.average.state_dict())
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                trainer.save(run, done, best)
-        log.progress.close()
-        if done < config.steps:
-            trainer.save(run, done, best)
-            say(f"stopped at step {done} and saved; go on with --train --resume --out {run.path}")
-        elif run.writes and run.history()[-1]["split"] != "test":
-            finish(run, trainer, log, facts)
-        machinery.barrier()  # nobody leaves the group before the others
-        return run.history()
+    with torch.device("meta"):  # shapes without memory
+        n_parameter = sum(p.numel() for p in build(sizes).parameters())
+    n_activation = config.batch_size * sizes.width * sizes.image_height * sizes.image_width
+    hardware.check_memory(16 * n_parameter + 8 * n_activation, device, "training this")
+
+
+def what_was_run(config: TrainConfig, sizes: NetConfig, trainer: PictureTrainer) -> dict:
+    """What config.json keeps."""
+    dataset = trainer.dataset
+    pictures = {"name": dataset.name, "classes": dataset.classes, "ceiling": dataset.ceiling}
+    pictures |= {"mean": dataset.mean, "std": dataset.std}
+    views = trainer.averaged if config.views else ()
+    return facts(config, sizes, data=pictures, views=views)
+
+
+def keep_pictures(dataset: data.Dataset, folder) -> None:
+    """Write the decoded pictures into a run, if decoding them took a while."""
+    if dataset.stamp:
+        with whole_file(folder / CACHE) as part, open(part, "wb") as file:
+            dataset.save(file)
+
+
+def finish(trainer: PictureTrainer, run_dir: RunDirectory, at_end: Callable | None) -> None:
+    """Look at the test part, once, with the weights that were best on validation."""
+    config, dataset = trainer.config, trainer.dataset
+    try:
+        loaded = checkpoint.load(run_dir.path)
+        model = loaded.model.to(trainer.device, memory_format=torch.channels_last)
+        p = answers(model, dataset.test.images, dataset, trainer.dtype, loaded.views)
+        score = score_of(p, dataset.test.labels)
+        run_dir.log(step=config.steps, split="test", **score)
+        say(f"test part  {describe(score)}")
+        described = as_described(config, trainer.sizes, (TrainConfig(), PRESETS["fast"]))
+        conclude(dataset, run_dir.history(), score["accuracy"], described)
+        if at_end:
+            at_end(loaded, dataset, p)
+    except KeyboardInterrupt:
+        say(f"stopped; the trained network is in {run_dir.path}: --eval and --classify use it")
+        raise
+
+
+def train(
+    config: TrainConfig,
+    sizes: NetConfig,
+    resume: bool = False,
+    loaded: checkpoint.Loaded | None = None,
+    at_end: Callable | None = None,
+) -> list[dict]:
+    """Train a network of these sizes, and return the log.
+
+    resume: go on from the last checkpoint in `config.out`.
+    loaded: the network in `config.weights`, where it is at hand already.
+    at_end: called with the trained network, the data and the answers to the test part.
+
+    UserError for data, sizes or files that will not do, and for a loss that is not finite.
+    """
+    run_dir = RunDirectory(config.out)
+    device, why_device = hardware.choose_device(config.device)
+    dtype, why_dtype = hardware.choose_dtype(config.dtype, device)
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    with hardware.ranks(device), run_dir.writing():
+        if run_dir.writes and not resume:
+            run_dir.refuse_what_is_not_ours()
+        at_start = not (resume and run_dir.checkpoint.exists())
+        if config.weights and at_start and not loaded:
+            loaded = checkpoint.load(config.weights)
+        cache = run_dir.path / CACHE if resume else None
+        dataset = data.load(config.data, config.seed, config.image_size, cache)
+        sizes = sizes_for(loaded.sizes if loaded else sizes, dataset)
+        check_memory(config, sizes, device)
+        hardware.seed_everything(config.seed)
+        model = network(config, sizes, loaded)
+        trainer = PictureTrainer(config, sizes, model.to(device), dataset, dtype)
+        if run_dir.writes and resume:
+            run_dir.save_config(what_was_run(config, sizes, trainer))
+        elif run_dir.writes:
+            kept = what_was_run(config, sizes, trainer)
+            run_dir.create(kept, lambda folder: keep_pictures(dataset, folder))
+        hardware.barrier()
+        why = f"{device}: {why_device}; {config.dtype}: {why_dtype}"
+        announce(config, sizes, model, why)
+        expectations(trainer, sizes)
+        finished = run_loop(trainer, run_dir, resume)
+        if finished and run_dir.writes and run_dir.history()[-1]["split"] != "test":
+            finish(trainer, run_dir, at_end)
+        return run_dir.history()

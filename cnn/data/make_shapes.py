@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import shapes
 from formats import complaining
-from run import UserError, command_line
+from options import UserError, command_line
 from shapes import S
 
 N_TRAIN, N_TEST = 10_000, 2_000

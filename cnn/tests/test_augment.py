@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 import data
-from augment import TEST_SHIFTS, augment, fold, mirror_matters, normalize, predict, view
+from augment import ASYMMETRY, TEST_SHIFTS, augment, fold, mirror_matters, normalize, predict, view
+from conftest import FOLDER
 from model import NetConfig, build
 
 N = 400
@@ -119,11 +120,9 @@ def test_mirror_images_matter_where_left_is_not_right():
 
 
 def test_mirror_images_matter_for_real_digits_and_not_for_shapes():
-    import train
-
-    digits = data.load(str(train.HERE / "data" / "digits.npz")).train
-    assert mirror_matters(digits) > 5 * train.ASYMMETRY
-    assert mirror_matters(data.load().train[:4000]) < train.ASYMMETRY / 5
+    digits = data.load(str(FOLDER / "data" / "digits.npz")).train
+    assert mirror_matters(digits) > 5 * ASYMMETRY
+    assert mirror_matters(data.load().train[:4000]) < ASYMMETRY / 5
 
 
 def test_one_picture_a_class_says_nothing():

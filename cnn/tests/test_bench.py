@@ -39,20 +39,22 @@ def test_race_counts_training_alone_and_stops_who_is_there(monkeypatch):
     assert [side.n for side in sides.values()] == [50, 75, 100]
 
 
-def test_bench_ends_with_its_ratios(command, npz, tmp_path, monkeypatch):
+def test_bench_ends_with_its_ratios(command, small_data, tmp_path, monkeypatch):
     small = NetConfig(width=4)
     monkeypatch.setitem(bench.PRESETS, "fast", small)
     monkeypatch.setattr(bench, "RESULT", tmp_path / "bench.json")
     monkeypatch.setattr(bench, "CONVOLUTIONS", ((4, 4, 8),))
     for name, value in (("ROUNDS", 1), ("SEEDS", (0,)), ("PATIENCE", 25), ("GOAL", 0.1)):
         monkeypatch.setattr(bench, name, value)
-    outcome = command("--bench", "--data", npz, "--batch-size", 8, "--dtype", "float32")
+    outcome = command("--bench", "--data", small_data, "--batch-size", 8, "--dtype", "float32")
     assert outcome.code == 0, outcome.err
     line = json.loads(outcome.out.splitlines()[-1])
     assert line == json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     ratios = [name for name in line if "_vs_" in name]
     assert len(ratios) == 4 and all(line[name] > 0 for name in ratios)
     assert line["seconds_to_goal"][0]["ours"] > 0
+    assert "ours in float32" in outcome.out and "× the plain script" in outcome.out
+    assert {"train_vs_torch", "train_float32_vs_torch"} <= line.keys()
 
 
 def test_seconds_are_medians_of_turns(monkeypatch):

@@ -15,7 +15,7 @@ from torch import nn
 import checkpoint
 from checkpoint import Loaded, export, identify, load
 from model import PRESETS, NetConfig, build
-from run import UserError
+from options import UserError
 
 TORCHVISION = [  # of resnet18, as documented there: stem, then per block, then fc
     "conv1.weight", "bn1", "layer1.0.conv1.weight", "layer1.0.bn1", "layer1.0.conv2.weight",
@@ -57,12 +57,12 @@ def same(a: nn.Module, b: nn.Module, config: NetConfig) -> None:
         torch.testing.assert_close(a.eval()(x), b.eval()(x), rtol=0, atol=0)
 
 
-THIN = NetConfig("resnet", 4, 18, 4, "B", "imagenet", image_height=224, image_width=224)
+THIN = dataclasses.replace(PRESETS["resnet18-imagenet"], width=4, image_height=224, image_width=224)
 VARIANTS = [
     THIN,
-    NetConfig("resnet", 4, 20, 3, "A"),
-    NetConfig("resnet", 4, 8, 3, "B", n_class=7),
-    NetConfig("resnet", 4, 18, 4, "B"),
+    dataclasses.replace(PRESETS["resnet20"], width=4),
+    dataclasses.replace(PRESETS["resnet20"], width=4, depth=8, shortcut="B", n_class=7),
+    dataclasses.replace(PRESETS["resnet18"], width=4),
 ]
 
 
@@ -250,9 +250,9 @@ def test_a_config_that_is_damaged(content, tmp_path):
 
 def test_export_to_a_file(tmp_path):
     (tmp_path / "there").touch()
-    with pytest.raises(UserError, match="cannot write to --export"):
+    with pytest.raises(UserError, match="name a new folder"):
         export(loaded(NetConfig(width=4)), tmp_path / "there")
-    with pytest.raises(UserError, match="cannot write to --export"):
+    with pytest.raises(UserError, match="name a new folder"):
         checkpoint.export_int8(
             loaded(NetConfig(width=4)), torch.rand(2, 3, 32, 32), tmp_path / "there"
         )

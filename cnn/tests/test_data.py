@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import os
 import pickle
 import random
 import struct
@@ -15,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
 import formats
 from conftest import FOLDER
-from run import UserError
+from options import UserError
 
 DIGITS = FOLDER / "data" / "digits.npz"
 
@@ -215,6 +216,179 @@ def test_a_copy_of_a_hub_set_is_read(tmp_path):
     assert "hf:" in complaint(f"hf:{tmp_path / 'none'}")
 
 
+# pictures of several sizes and kinds
+
+
+def as_folder(folder: Path, pictures: dict[str, Image.Image], **options) -> Path:
+    """Class folders a and b with the same pictures in both."""
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for file, picture in pictures.items():
+            picture.save(folder / name / file, **options)
+    return folder
+
+
+def test_pictures_of_several_sizes_are_scaled_and_cropped_in_the_middle(tmp_path):
+    """Wide: red, a green middle, blue. Only the middle is left, scaled; a high one likewise."""
+    wide = Image.new("RGB", (60, 20), "red")
+    wide.paste("lime", (20, 0, 40, 20))
+    wide.paste("blue", (40, 0, 60, 20))
+    high = wide.transpose(Image.Transpose.ROTATE_90)
+    square = Image.new("RGB", (8, 8), "lime")
+    found = data.read(str(as_folder(tmp_path, {"a.png": wide, "b.png": high, "c.png": square})), 8)
+    assert found.train.images.shape == (6, 3, 8, 8)
+    middle = torch.tensor([0, 255, 0], dtype=torch.uint8)
+    assert (found.train.images[:, :, 1:7, 1:7] == middle[:, None, None]).all()
+    assert found.notes == "4 scaled and cropped in the middle"
+
+
+def test_image_size_scales_arrays_too(tmp_path):
+    """Four quarters of 0, 80, 160 and 240, from 8 × 8 to 4 × 4: each corner stays what it was."""
+    x = np.kron(np.array([[0, 80], [160, 240]], dtype=np.uint8), np.ones((4, 4), dtype=np.uint8))
+    file = write_npz(tmp_path / "a.npz", x=np.stack([x] * 6), y=labels(6))
+    images = data.load(str(file), image_size=4).train.images
+    assert images.shape[1:] == (1, 4, 4)
+    assert images[0, 0, [0, 0, 3, 3], [0, 3, 0, 3]].tolist() == [0, 80, 160, 240]
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    """Tag 274 = 6: the camera was turned, the picture is to be shown a quarter turn clockwise."""
+    picture = Image.new("RGB", (6, 4), "black")
+    picture.paste("white", (0, 0, 3, 4))  # the left half, which then is the upper one
+    exif = Image.Exif()
+    exif[274] = 6
+    found = data.read(str(as_folder(tmp_path, {"a.png": picture}, exif=exif)))
+    assert found.train.images.shape == (2, 3, 6, 4)
+    assert found.train.images[0, 0, :, 0].tolist() == [255] * 3 + [0] * 3
+    assert found.notes == "2 turned upright (EXIF)"
+    upright = data.read_picture(tmp_path / "a" / "a.png", 3, (6, 4))
+    assert (upright[0] == found.train.images[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "note"),
+    [
+        ("RGBA", "transparent (laid on white)"),
+        ("LA", "transparent (laid on white)"),
+        ("P", "transparent (laid on white)"),
+        ("CMYK", "converted from CMYK"),
+        ("I;16", "of 16 bits"),
+    ],
+)
+def test_kinds_of_pictures(mode, note, tmp_path):
+    """A black left half; the right half is transparent, or light where there is no transparency."""
+    if mode == "I;16":
+        levels = np.repeat(np.array([[0, 0, 65535, 65535]], dtype=np.uint16), 4, axis=0)
+        picture = Image.fromarray(levels)
+    elif mode == "CMYK":
+        picture = Image.new("CMYK", (4, 4), (0, 0, 0, 0))
+        picture.paste((0, 0, 0, 255), (0, 0, 2, 4))
+    else:
+        picture = Image.new("RGBA", (4, 4), (9, 9, 9, 0))  # dark, if the transparency is forgotten
+        picture.paste((0, 0, 0, 255), (0, 0, 2, 4))
+        picture = picture.quantize(4) if mode == "P" else picture.convert(mode)
+    name = "a.tiff" if mode == "CMYK" else "a.png"
+    found = data.read(str(as_folder(tmp_path, {name: picture})))
+    channels = 1 if mode in ("LA", "I;16") else 3
+    assert found.train.images.shape == (2, channels, 4, 4)
+    assert found.train.images[0, 0, 0].tolist() == [0, 0, 255, 255]
+    assert found.notes == f"2 {note}"
+
+
+def test_a_jpeg_is_decoded_smaller_at_once_and_looks_the_same(tmp_path):
+    """Its shortcut (draft) against scaling the whole picture, to a few levels of 255."""
+    y, x = np.mgrid[:400, :600]
+    wave = (127 + 60 * np.sin(x / 70) + 60 * np.cos(y / 50)).astype(np.uint8)
+    file = save(tmp_path / "a.jpg", Image.fromarray(wave), quality=95)
+    short, notes = formats.read_picture(file, "a", (32, 32))
+    whole = ImageOps.fit(Image.open(file), (32, 32), Image.Resampling.BILINEAR)
+    assert np.abs(short.astype(int) - np.asarray(whole)).max() <= 4
+    assert notes == ["scaled and cropped in the middle"]
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation"])
+def test_a_validation_folder_is_the_validation_part(name, tmp_path):
+    write_classes(tmp_path / "train", n=9)
+    write_classes(tmp_path / name, n=3, mode="L")
+    found = data.load(str(tmp_path))
+    assert (len(found.train), len(found.valid), len(found.test)) == (16, 6, 2)  # a tenth to test
+    assert found.valid.images.shape[1:] == (3, 6, 5)
+    grey = found.valid.images
+    assert (grey[:, 0] == grey[:, 1]).all() and found.valid.labels.tolist() == [0] * 3 + [1] * 3
+    write_classes(tmp_path / "test", n=2)
+    found = data.load(str(tmp_path))
+    assert (len(found.train), len(found.valid), len(found.test)) == (18, 6, 4)
+
+
+def test_two_validation_folders_are_one_too_many(tmp_path):
+    for name in ("train", "val", "valid"):
+        write_classes(tmp_path / name)
+    assert "val/ and valid/ mean the same: keep one" in complaint(tmp_path)
+
+
+def test_an_npz_may_hold_a_validation_part(tmp_path):
+    valid = {"x_valid": pictures(5, 6, 5, 3, seed=1), "y_valid": labels(5)}
+    found = data.load(str(write_npz(tmp_path / "a.npz", **valid)))
+    assert (found.valid.images.numpy().transpose(0, 2, 3, 1) == valid["x_valid"]).all()
+    assert (len(found.train), len(found.test)) == (27, 3)
+
+
+# read once
+
+
+def test_decoded_pictures_are_kept_and_taken_again(tmp_path, monkeypatch):
+    write_classes(tmp_path / "set", n=10)
+    first, cache = data.load(str(tmp_path / "set"), seed=3), tmp_path / "pictures.npz"
+    with open(cache, "wb") as file:
+        first.save(file)
+    with monkeypatch.context() as patch:
+        patch.setattr(formats, "read_picture", None)  # nothing is decoded
+        again = data.load(str(tmp_path / "set"), seed=3, cache=cache)
+    assert again.classes == first.classes and again.mean == first.mean
+    for name in ("train", "valid", "test"):
+        one, other = getattr(first, name), getattr(again, name)
+        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("change", ["a picture", "its time", "seed", "size", "damaged", "pickle"])
+def test_decoded_pictures_of_something_else_are_not_taken(change, tmp_path):
+    folder, cache, seed, size = tmp_path / "set", tmp_path / "pictures.npz", 3, 0
+    write_classes(folder, n=10)
+    with open(cache, "wb") as file:
+        data.load(str(folder), seed=3).save(file)
+    if change == "a picture":
+        Image.new("RGB", (5, 6), "red").save(folder / "cat" / "new.png")
+    elif change == "its time":
+        os.utime(folder / "cat" / "0.png", (1, 1))
+    elif change == "damaged":
+        cache.write_bytes(cache.read_bytes()[:-500])
+    elif change == "pickle":
+        np.savez(cache, stamp=np.array([None]), x=np.array([None]))
+    seed, size = (4, 0) if change == "seed" else (3, 4) if change == "size" else (3, 0)
+    stamp = data.load(str(folder), seed, size).stamp
+    assert data.read_cache(cache, stamp) is None
+    found = data.load(str(folder), seed, size, cache)
+    assert len(found.train) == (17 if change == "a picture" else 16)
+    assert found.train.images.shape[3] == (4 if change == "size" else 5)
+
+
+def test_what_is_quick_to_read_is_not_kept(tmp_path):
+    write_mnist(tmp_path)
+    for source in (None, str(DIGITS), str(tmp_path)):
+        assert data.load(source).stamp == ""
+
+
+def test_reading_stops_at_the_first_picture_that_is_none(tmp_path, monkeypatch):
+    """The pictures after it are not all read first: with 4,000 of them that would take a while."""
+    write_classes(tmp_path)
+    for i in range(4000):
+        (tmp_path / "cat" / f"x{i}.png").touch()
+    read, original = [], formats.read_picture
+    monkeypatch.setattr(formats, "read_picture", lambda *a: read.append(a) or original(*a))
+    assert "x0.png: no picture" in complaint(tmp_path)
+    assert len(read) < 2000
+
+
 # splits
 
 
@@ -401,7 +575,8 @@ def test_class_folders_that_are_wrong(tmp_path):
     assert "inner" in complaint(tmp_path)
     (tmp_path / "eel" / "inner").rmdir()
     Image.new("RGB", (6, 6)).save(tmp_path / "eel" / "a.png")
-    assert "pictures of 5 × 6 and 6 × 6: make them one size" in complaint(tmp_path)
+    line = complaint(tmp_path)
+    assert "pictures of 5 × 6 and 6 × 6: say what to make of them, as in --image-size 32" in line
 
 
 def test_class_folders_need_two_classes_and_the_same_ones_to_test(tmp_path):
@@ -573,9 +748,11 @@ def test_pictures_that_are_refused(tmp_path):
     assert "takes 2 channels" in line(good, 2)
     good.write_bytes(good.read_bytes()[:-1000])
     assert "truncated" in line(good)
-    assert "limit is 4096" in line(save(tmp_path / "c.png", Image.new("1", (4097, 1))))
-    assert "8 bits" in line(save(tmp_path / "d.tiff", Image.new("F", (8, 8))))
-    assert "8 bits" in line(save(tmp_path / "e.png", Image.new("I;16", (8, 8))))
+    giant = Image.new("1", (1 << 13, (1 << 13) + 1))
+    assert "limit is 67,108,864 in all" in line(save(tmp_path / "c.png", giant))
+    assert "8 or 16 bits" in line(save(tmp_path / "d.tiff", Image.new("F", (8, 8))))
+    deep = Image.fromarray(np.full((8, 8), 70_000, dtype=np.int32))
+    assert "save it with 16 bits" in line(save(tmp_path / "e.tiff", deep))
     eps = save(tmp_path / "f.eps", Image.new("RGB", (8, 8)))  # to read one, PIL starts Ghostscript
     assert "no picture" in line(eps)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from explain import grad_cam, last_features, receptive_field
-from model import PRESETS, NetConfig, build
+from model import PRESETS, NetConfig, build, macs
 
 
 class Two(nn.Module):
@@ -39,6 +39,31 @@ def test_grad_cam_of_our_networks(name):
     assert maps.min() >= 0 and maps.max() == 1
     assert set(maps.amax((1, 2)).tolist()) <= {0.0, 1.0}  # 0 where nothing speaks for the label
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("look", ["grad_cam", "receptive_field", "macs"])
+def test_looking_leaves_every_module_in_its_mode(look):
+    """A network in training whose first normalisation is frozen stays just so."""
+    config = NetConfig(width=4)
+    model = build(config).train()
+    model.stem.bn1.eval()
+    before = [module.training for module in model.modules()]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():  # as the caller may have said; the gradients needed here are computed
+        if look == "grad_cam":
+            grad_cam(model, x, torch.tensor([1, 2]))
+        elif look == "receptive_field":
+            receptive_field(model, model.layer1, x)
+        else:
+            macs(model, config)
+    assert [module.training for module in model.modules()] == before
+    assert int(model.stem.bn1.num_batches_tracked) == int(model.layer1.bn1.num_batches_tracked) == 0
+
+
+def test_grad_cam_of_a_frozen_network():
+    model = build(NetConfig(width=4)).requires_grad_(False)
+    nn.init.normal_(model.fc.weight)
+    assert grad_cam(model, torch.randn(2, 3, 32, 32), torch.tensor([1, 2])).shape == (2, 32, 32)
 
 
 def test_lenet_has_no_places_left():

@@ -349,6 +349,16 @@ def test_bfloat16_under_autocast():
     assert biased.dtype == torch.bfloat16
 
 
+def test_weight_gradients_in_bfloat16_are_summed_in_float32(monkeypatch):
+    """300 pictures give 1 each, a picture at a time. A bfloat16 sum would stop at 256: 257 has no
+    place there and is rounded back to 256."""
+    monkeypatch.setattr(layers, "CACHE", 1)
+    x = torch.ones(300, 1, 1, 1, dtype=torch.bfloat16)
+    w = torch.zeros(1, 1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    layers.conv2d(x, w).sum().backward()
+    assert w.grad.item() == 300 and w.grad.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "build",
     [

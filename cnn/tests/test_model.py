@@ -9,7 +9,16 @@ from torch import nn
 
 import layers
 from bench import copied, plain_net
-from model import PRESETS, BasicBlock, NetConfig, PaddedShortcut, build, macs
+from model import (
+    PRESETS,
+    BasicBlock,
+    NetConfig,
+    PaddedShortcut,
+    PooledConv,
+    build,
+    macs,
+    parameters_by_kind,
+)
 
 COUNTS = {  # arXiv:1512.03385, Table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million
     "resnet20": 269_722,
@@ -21,10 +30,11 @@ COUNTS = {  # arXiv:1512.03385, Table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million
     "plain56": 853_018,
     "resnet18": 11_173_962,  # torchvision's 11,689,512 with 10 classes for 1000 and the small stem
     "resnet18-imagenet": 11_181_642,
-    "fast": 464_170,
+    "fast": 261_730,
     "lenet": 83_126,
 }
 SMALL = {"image_height": 16, "image_width": 12}
+ODD = {"image_height": 17, "image_width": 13}  # halving such a picture needs a decision each time
 
 
 def n_parameter(model: nn.Module) -> int:
@@ -135,7 +145,10 @@ VARIANTS = [
     sized("plain20", **SMALL),
     sized("resnet20", shortcut="B", **SMALL),
     sized("resnet18", width=8, **SMALL),
-    NetConfig("resnet", 8, 18, 4, "B", "imagenet", image_height=40, image_width=40),
+    sized("resnet20", **ODD),
+    sized("resnet20", shortcut="B", **ODD),
+    sized("resnet18-imagenet", width=8, image_height=41, image_width=37),
+    sized("resnet18-imagenet", width=8, image_height=40, image_width=40),
 ]
 
 
@@ -146,7 +159,9 @@ def gradients(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[tor
     return logits, [p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.depth}{c.shortcut}{c.stem}")
+@pytest.mark.parametrize(
+    "config", VARIANTS, ids=lambda c: f"{c.depth}{c.shortcut}{c.stem}{c.image_height}"
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_resnet_equals_torch_written_out(config, training):
     """Logits, all gradients and the buffers afterwards, in float64."""
@@ -159,10 +174,11 @@ def test_resnet_equals_torch_written_out(config, training):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
-def test_fast_net_equals_the_plain_script_of_the_bench():
-    config = sized("fast", width=4, **SMALL)
+@pytest.mark.parametrize("sides", [SMALL, ODD])
+def test_fast_net_equals_the_plain_script_of_the_bench(sides):
+    config = sized("fast", width=4, **sides)
     model = awake(config)
-    x = torch.randn(3, 3, 16, 12, dtype=torch.float64)
+    x = torch.randn(3, 3, *sides.values(), dtype=torch.float64)
     torch.testing.assert_close(copied(plain_net(config).double(), model)(x), model(x))
 
 
@@ -193,15 +209,50 @@ def test_an_untrained_network_finds_all_classes_alike(name):
 
 def test_zero_init_makes_a_block_the_identity():
     """On what is not negative already, as all of its inputs are."""
-    model = build(NetConfig("resnet", zero_init=True, **SMALL))
-    x = torch.randn(2, 32, 8, 8).relu()
+    model = build(NetConfig(net="resnet", zero_init=True, **SMALL))
+    x = torch.randn(2, 24, 8, 8).relu()
     torch.testing.assert_close(model.layer1[0](x), x)
-    assert not torch.allclose(build(NetConfig("resnet", **SMALL)).layer1[0](x), x)
+    assert not torch.allclose(build(NetConfig(net="resnet", **SMALL)).layer1[0](x), x)
 
 
-def test_filters_begin_with_the_variance_of_he():
-    weight = build(PRESETS["resnet18"]).layer4[1].conv1.weight
-    assert weight.var().item() == pytest.approx(2 / (9 * 512), rel=0.01)
+def test_zero_init_zeroes_the_last_normalisation_of_each_block_and_no_other():
+    """The second: with the first at zero, conv2 would get no signal and could never learn."""
+    model = build(NetConfig(net="resnet", zero_init=True, **SMALL))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            last = name.endswith("bn2")
+            assert module.weight.unique().tolist() == [0.0 if last else 1.0], name
+
+
+@pytest.mark.parametrize("part", ["layer2.0.conv1", "layer2.0.downsample.0", "conv1"])
+def test_filters_begin_with_the_variance_of_he(part):
+    """2 / (k² · channels out), where channels in and out differ: 64 → 128, and 3 → 64."""
+    weight = build(PRESETS["resnet18"]).get_submodule(part).weight
+    out, into, k, _ = weight.shape
+    assert out != into
+    assert weight.var().item() == pytest.approx(2 / (k * k * out), rel=0.1)
+
+
+def test_a_head_that_does_not_begin_at_zero_has_the_variance_of_he():
+    """2 / inputs, as the residual experiment has it: the first loss is then no longer ln K."""
+    model = build(sized("resnet20", zero_head=False, n_class=1000))
+    assert model.fc.weight.var().item() == pytest.approx(2 / 64, rel=0.02)
+    assert model.fc.bias.abs().max() == 0
+
+
+def test_every_parameter_has_one_kind():
+    """By what holds it, not by its number of dimensions."""
+    model = build(sized("resnet20", shortcut="B"))
+    kinds = parameters_by_kind(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert [names[id(p)] for p in kinds["matrices"]] == ["fc.weight"]
+    assert {"conv1.weight", "layer2.0.downsample.0.weight"} <= {
+        names[id(p)] for p in kinds["filters"]
+    }
+    others = {names[id(p)] for p in kinds["norms and biases"]}
+    assert {"bn1.weight", "bn1.bias", "fc.bias"} <= others
+    assert sum(map(len, kinds.values())) == len(names) == len({*names})
+    assert not [name for name in others if "conv" in name]
 
 
 def test_padded_shortcut_by_hand():
@@ -209,6 +260,15 @@ def test_padded_shortcut_by_hand():
     x = torch.arange(18.0).view(1, 2, 3, 3)
     y = PaddedShortcut(2, 4, 2)(x)
     assert y[0, :, 0].tolist() == [[0, 0], [0, 2], [9, 11], [0, 0]]
+
+
+def test_pooling_before_relu_is_pooling_after_it():
+    """To the bit, for odd sizes too: the maximum of ReLUs is the ReLU of the maximum."""
+    stage = PooledConv(3, 5)
+    nn.init.normal_(stage.bn1.weight)
+    x = torch.randn(4, 3, 9, 7)
+    after = stage.pool(F.relu(stage.bn1(stage.conv1(x))))
+    assert torch.equal(stage(x), after)
 
 
 def test_plain_twins_have_no_way_around():

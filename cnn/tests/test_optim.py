@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import optim
-from model import NetConfig, build
+from model import NetConfig, build, parameters_by_kind
 from optim import COEFFICIENTS, Momentum, groups, orthogonalize, scheduled
 
 
@@ -21,19 +21,20 @@ def walk(optimizer_of, steps: int = 10, shape=(5, 3, 2, 2)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_nesterov_is_torchs(decay):
-    how = {"lr": 0.03, "momentum": 0.8, "weight_decay": decay}
-    expected = walk(lambda p: torch.optim.SGD(p, nesterov=True, **how))
-    torch.testing.assert_close(walk(lambda p: Momentum(p, **how)), expected, rtol=0, atol=1e-13)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_momentum_is_torchs(decay, nesterov):
+    options = {"lr": 0.03, "momentum": 0.8, "weight_decay": decay, "nesterov": nesterov}
+    expected = walk(lambda p: torch.optim.SGD(p, **options))
+    torch.testing.assert_close(walk(lambda p: Momentum(p, **options)), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
 def test_muon_is_torchs(shape):
     """torch rounds to bfloat16 while it orthogonalises, so by 1 % of the way gone."""
-    how = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.1}
-    ours = walk(lambda p: Momentum([{"params": p, "orthogonal": True}], **how), shape=shape)
-    theirs = walk(lambda p: torch.optim.Muon(p, **how), shape=shape)
+    options = {"lr": 0.03, "momentum": 0.8, "weight_decay": 0.1}
+    ours = walk(lambda p: Momentum([{"params": p, "orthogonal": True}], **options), shape=shape)
+    theirs = walk(lambda p: torch.optim.Muon(p, **options), shape=shape)
     start = walk(lambda p: Momentum(p, 0.0), steps=0, shape=shape)
     assert (ours - theirs).norm() < 0.02 * (ours - start).norm()
     assert (ours - theirs).abs().max() > 0
@@ -52,12 +53,28 @@ def test_orthogonalize_acts_on_singular_values_alone(shape):
     assert ((s > 0.6) & (s < 1.25)).all()
 
 
-def test_orthogonalize_in_float32_goes_by_bfloat16():
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.06), (None, 1e-5)])
+def test_orthogonalize_computes_in_the_format_it_is_told(dtype, error):
+    """bfloat16 keeps three digits in each of five rounds; without a word float32 stays float32."""
     matrix = torch.randn(8, 5)
     exact = orthogonalize(matrix.double())
-    found = orthogonalize(matrix)
-    assert found.dtype == torch.float32
-    assert (found - exact).norm() < 0.06 * exact.norm()  # five rounds at three digits each
+    rounded = orthogonalize(matrix, dtype=dtype)
+    assert rounded.dtype == torch.float32
+    assert (rounded - exact).norm() < error * exact.norm()
+    assert ((rounded - exact).norm() > 1e-3 * exact.norm()) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_muon_multiplies_in_the_format_of_the_run(dtype, monkeypatch):
+    """bfloat16 products are 20 × slower where the processor has no instructions for them."""
+    used, original = [], optim.orthogonalize
+    monkeypatch.setattr(
+        optim, "orthogonalize", lambda m, dtype: used.append(dtype) or original(m, dtype=dtype)
+    )
+    weight = nn.Parameter(torch.randn(4, 3, 3, 3))
+    weight.grad = torch.randn(4, 3, 3, 3)
+    Momentum([{"params": [weight], "orthogonal": True}], lr=0.1, dtype=dtype).step()
+    assert used == [dtype] and weight.dtype == torch.float32
 
 
 def test_nothing_comes_of_nothing():
@@ -83,7 +100,7 @@ def test_a_weight_without_gradient_stays():
 @pytest.mark.parametrize("kind", ["muon", "sgd"])
 def test_groups_have_every_parameter_once(kind):
     model = build(NetConfig(width=4))
-    filters, matrices, others = groups(model, kind, 0.5)
+    filters, matrices, others = groups(parameters_by_kind(model), kind, 0.5)
     names = {id(p): name for name, p in model.named_parameters()}
     seen = [names[id(p)] for g in (filters, matrices, others) for p in g["params"]]
     assert sorted(seen) == sorted(names.values())

@@ -50,35 +50,39 @@ def test_folding_by_hand():
     assert conv.weight.item() == 5
 
 
-def layer(kind: str) -> tuple[Int8, torch.Tensor]:
+CONVOLUTIONS = {
+    "conv": {"kernel_size": 3, "padding": 1},
+    "strided": {"kernel_size": 7, "stride": 2, "padding": 3},
+    "1 × 1": {"kernel_size": 1, "stride": 2},
+    "dilated": {"kernel_size": 3, "dilation": (2, 3), "padding": (2, 1)},
+    "grouped": {"kernel_size": 3, "groups": 2},
+}
+
+
+def full_layer(kind: str) -> tuple[nn.Module, torch.Tensor]:
+    """A layer in float32 and an input for it, the same ones each time."""
+    torch.manual_seed(5)
     if kind == "linear":
-        return Int8(nn.Linear(40, 7), torch.tensor(3.0)), torch.randn(5, 40)
-    stride, padding, k = {"conv": (1, 1, 3), "strided": (2, 3, 7), "1 × 1": (2, 0, 1)}[kind]
-    conv = nn.Conv2d(6, 5, k, stride=stride, padding=padding)
-    return Int8(conv, torch.tensor(3.0)), torch.randn(2, 6, 9, 12)
+        return nn.Linear(40, 7), torch.randn(5, 40)
+    return nn.Conv2d(6, 8, **CONVOLUTIONS[kind]), torch.randn(2, 6, 9, 12)
 
 
-@pytest.mark.parametrize("kind", ["conv", "strided", "1 × 1", "linear"])
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, "linear"])
 def test_integers_and_floats_agree_to_the_bit(kind):
-    small, x = layer(kind)
+    full, x = full_layer(kind)
+    small = Int8(full, torch.tensor(3.0))
     q = small.quantized(x)
     assert torch.equal(q, q.round()) and q.abs().max() <= TOP
-    found = small.integer_sums(q)
-    assert found.dtype == torch.int32
-    assert torch.equal(found.double(), small.sums(q).double())
+    integers = small.integer_sums(q)
+    assert integers.dtype == torch.int32
+    assert torch.equal(integers.double(), small.sums(q).double())
 
 
-@pytest.mark.parametrize("kind", ["conv", "strided", "1 × 1", "linear"])
+@pytest.mark.parametrize("kind", [*CONVOLUTIONS, "linear"])
 def test_the_error_is_that_of_rounding(kind):
     """At most half a step of the input and of each weight, times what it is multiplied with."""
-    torch.manual_seed(5)
-    small, x = layer(kind)
-    torch.manual_seed(5)
-    full = nn.Linear(40, 7) if kind == "linear" else None
-    if full is None:
-        stride, padding, k = {"conv": (1, 1, 3), "strided": (2, 3, 7), "1 × 1": (2, 0, 1)}[kind]
-        full = nn.Conv2d(6, 5, k, stride=stride, padding=padding)
-    x = x.clamp(-3, 3)
+    full, x = full_layer(kind)
+    small, x = Int8(full, torch.tensor(3.0)), x.clamp(-3, 3)
     scale = small.scale.view((-1,) + (1,) * (full.weight.dim() - 1))
     assert ((small.weight * scale - full.weight).abs() <= scale * 0.501).all()
     n = full.weight[0].numel()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import data
 import shapes
 from conftest import FOLDER
-from run import UserError
+from options import UserError
 
 
 @pytest.fixture(scope="session")

@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 
 import data
+import meter
+import model
 import nn
 import optim
 import tensor as pg
 from model import ScalarNet
-from run import UserError, say, write_json
+from options import UserError, say
+from run import write_json
 from value import Value
 
 BLOCKS = 9
@@ -49,6 +52,65 @@ def layers(lib, kind):
     return lib.Sequential(*convolutions, lib.Flatten(), lib.Linear(800, 10))
 
 
+def nets(torch, kind):
+    """(ours, torch's) net of a kind, with the same weights."""
+    if kind != "gpt":
+        ours, theirs = layers(nn, kind), layers(torch.nn, kind)
+        ours.load_state_dict(theirs.state_dict())
+        return ours, theirs
+    config = model.ModelConfig("gpt", classes=27, vocab="".join(map(chr, range(97, 124))))
+    ours = Rows(model.GPT(config))
+    theirs = torch_gpt(torch)
+    weights = {n: torch.tensor(t.numpy()) for n, t in ours.net.state_dict().items()}
+    theirs.load_state_dict(weights)
+    return ours, theirs
+
+
+class Rows(nn.Module):
+    """The gpt with (B·T, V) logits, as cross entropy wants them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).reshape(-1, 27)
+
+
+def torch_gpt(torch):
+    """The gpt of model.py with torch's layers, under the same names; dropout 0.1 as there."""
+    T = torch.nn
+
+    class Block(T.Module):
+        def __init__(self, d=64):
+            super().__init__()
+            self.norm1, self.norm2 = T.LayerNorm(d), T.LayerNorm(d)
+            self.attention = T.MultiheadAttention(d, 4, batch_first=True)
+            self.mlp = T.Sequential(T.Linear(d, 4 * d), T.GELU("tanh"), T.Linear(4 * d, d))
+            self.dropout = T.Dropout(0.1)
+
+        def forward(self, x):
+            layer = self.attention
+            parts = T.functional.linear(self.norm1(x), layer.in_proj_weight, layer.in_proj_bias)
+            q, k, v = (p.unflatten(-1, (4, 16)).transpose(1, 2) for p in parts.chunk(3, -1))
+            h = T.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.dropout(layer.out_proj(h.transpose(1, 2).flatten(2)))
+            return x + self.dropout(self.mlp(self.norm2(x)))
+
+    class GPT(T.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = T.Embedding(27, 64), T.Embedding(64, 64)
+            self.blocks = T.Sequential(Block(), Block())
+            self.norm, self.head = T.LayerNorm(64), T.Linear(64, 27, bias=False)
+
+        def forward(self, ids):
+            x = self.token(ids) + self.position(torch.arange(ids.shape[1]))
+            return self.head(self.norm(self.blocks(x))).reshape(-1, 27)
+
+    return GPT()
+
+
 def step_of(net, optimizer, loss, x, y):
     def step():
         optimizer.zero_grad()
@@ -58,18 +120,36 @@ def step_of(net, optimizer, loss, x, y):
     return step
 
 
+def with_threads(torch, n, step):
+    """A step of torch's with n threads."""
+
+    def run():
+        torch.set_num_threads(n)
+        step()
+
+    return run
+
+
 def bench_nets(torch, table):
-    """Whole training steps with Adam: forward, backward, update."""
+    """Whole training steps with Adam: forward, backward, update. torch with its best number of
+    threads, pikograd with one (which `main.py` asks numpy for)."""
     rng, out = np.random.default_rng(0), {}
-    for kind, batch, shape in (("mlp", 128, (784,)), ("cnn", 64, (1, 28, 28))):
-        x, y = rng.standard_normal((batch, *shape)).astype(np.float32), rng.integers(0, 10, batch)
-        ours, theirs = layers(nn, kind), layers(torch.nn, kind)
-        ours.load_state_dict(theirs.state_dict())
-        a, b = alternate(
-            step_of(ours, optim.Adam(ours.parameters()), nn.cross_entropy, pg.Tensor(x), y),
-            step_of(theirs, torch.optim.Adam(theirs.parameters()),
-                    torch.nn.functional.cross_entropy, torch.tensor(x), torch.tensor(y)),
+    for kind, batch, shape in (("mlp", 128, (784,)), ("cnn", 64, (1, 28, 28)), ("gpt", 32, (64,))):
+        if kind == "gpt":
+            x, y = rng.integers(0, 27, (batch, *shape)), rng.integers(0, 27, batch * shape[0])
+        else:
+            x = rng.standard_normal((batch, *shape)).astype(np.float32)
+            y = rng.integers(0, 10, batch)
+        ours, theirs = nets(torch, kind)
+        theirs_step = step_of(
+            theirs, torch.optim.Adam(theirs.parameters()), torch.nn.functional.cross_entropy,
+            torch.tensor(x), torch.tensor(y),
         )  # fmt: skip
+        a, *times = alternate(
+            step_of(ours, optim.Adam(ours.parameters()), nn.cross_entropy, pg.Tensor(x), y),
+            *[with_threads(torch, n, theirs_step) for n in sorted({1, os.cpu_count()})],
+        )
+        b = min(times)
         table(f"{kind} step, batch {batch}", a * 1e3, b * 1e3, "ms")
         out[f"{kind}_vs_torch"] = b / a
     return out
@@ -201,11 +281,12 @@ def bench_products():
     return 2 * 1024**3 / seconds
 
 
-def main():
+def main(args=None):
     try:
         import torch
     except ImportError:
         raise UserError("--bench compares with torch: pip install torch") from None
+    meter.keep_memory()  # for both sides: torch takes its memory from the same C library
     say(f"numpy {np.__version__}, torch {torch.__version__}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} torch threads")  # fmt: skip
     print(f"{'':32s}{'pikograd':>12s}{'peer':>12s}{'ratio':>10s}")

@@ -1,17 +1,16 @@
 """Data: two moons, images of digits, characters of a text. Load, split, batch.
 
-A batch depends on (seed, step) alone: that is what makes resuming exact. N images, H = W their
-size, B batch, T time.
+A batch depends on (seed, step) alone: that is what makes resuming exact. The files of other people
+are read in pictures.py. N images, H = W their size, B batch, T time.
 """
 
-import gzip
 import runpy
-import zlib
 from pathlib import Path
 
 import numpy as np
 
-from run import UserError, say
+from options import UserError, say
+from pictures import read_idx_pair
 
 HERE = Path(__file__).resolve().parent
 DIGITS, TEXT = HERE / "data" / "digits.npz", HERE / "data" / "sums.txt"
@@ -81,30 +80,6 @@ def load_images(path, scale=None):
     return out
 
 
-def read_idx_pair(folder, part):
-    """(images (N, H, W), labels (N,)) from `part`-images… and `part`-labels…, gzipped or not."""
-    images, labels = (read_idx(folder, f"{part}-{kind}") for kind in ("images", "labels"))
-    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not images.size:
-        raise UserError(f"{folder}: {part} has images {images.shape} and labels {labels.shape}")
-    return images, labels
-
-
-def read_idx(folder, stem):
-    """An array of bytes from an idx file: 0, 0, 8, rank, sizes (4 bytes each, big-endian), data."""
-    found = sorted(folder.glob(f"{stem}*")) if folder.is_dir() else []
-    if not found:
-        raise UserError(f"{folder}: no {stem}… there; give a folder with the four MNIST idx files")
-    try:
-        raw = found[0].read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
-        if raw[:3] != b"\0\0\x08":
-            raise ValueError("no idx file of bytes")
-        shape = np.frombuffer(raw, ">u4", raw[3], 4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise UserError(f"{found[0]} is damaged or no idx file: {error}") from None
-
-
 class Text:
     """Characters of a text as numbers; the last tenth is held out.
 
@@ -162,42 +137,3 @@ def encode(text, vocab):
     """Characters as their places in vocab, those outside it as that of the first character."""
     place = {c: i for i, c in enumerate(vocab)}
     return np.array([place.get(c, 0) for c in text], np.int64)
-
-
-def read_image(path):
-    """(H, W) floats from a .npy file or a PGM picture (P2, P5). UserError for anything else."""
-    path = Path(path)
-    try:
-        if path.suffix == ".npy":
-            image = np.load(path, allow_pickle=False)
-        else:
-            image = read_pgm(path.read_bytes())
-        if image.ndim != 2 or not image.size or image.dtype.kind not in "uif":
-            raise ValueError(f"shape {image.shape}, dtype {image.dtype}")
-    except (OSError, ValueError, IndexError) as error:
-        raise UserError(f"--classify {path}: no grey picture as .npy or .pgm ({error})") from None
-    if not np.isfinite(image).all():
-        raise UserError(f"--classify {path}: the picture holds NaN or infinity")
-    return image.astype(np.float32)
-
-
-def read_pgm(raw):
-    """netpbm's format: P2 (text) or P5 (bytes), width, height, maximum, pixels; # is a comment."""
-    head, at = [], 0
-    while len(head) < 4:
-        end = at
-        while raw[end : end + 1] not in (b" ", b"\n", b"\t", b"\r", b"#", b""):
-            end += 1
-        if end > at:
-            head.append(raw[at:end])
-        elif raw[at : at + 1] == b"":
-            raise ValueError("the header is cut short")
-        at = (raw.index(b"\n", end) if raw[end : end + 1] == b"#" else end) + 1
-    kind, (width, height, top) = head[0], map(int, head[1:])
-    if kind not in (b"P2", b"P5") or not 0 < top < 65536:
-        raise ValueError("no P2 or P5 picture")
-    if kind == b"P2":
-        pixels = np.array(raw[at:].split(), float)
-    else:
-        pixels = np.frombuffer(raw, ">u2" if top > 255 else np.uint8, width * height, at)
-    return pixels.reshape(height, width) / top

@@ -9,8 +9,9 @@ tensor operations themselves, so with `create_graph` the walk back is on the tap
 
 Griewank & Walther, Evaluating Derivatives (2008), ch. 3 (reverse mode), ch. 12 (checkpoints).
 
-Left out: devices, dtypes other than float32, float64, int64 and bool, threads, gradients through
-in-place writes (those are refused, and caught when they harm). Operations live in `tensor.py`.
+Left out: devices, dtypes other than float32, float64, int64 and bool, threads, and gradients
+through writes into part of a tensor (refused, and caught when they harm). Operations live in
+`tensor.py`, running them for a whole batch at once (`vmap`) in `batching.py`.
 """
 
 import inspect
@@ -23,8 +24,10 @@ import numpy as np
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 DTYPES = (*FLOATS, np.dtype(np.int64), np.dtype(np.bool_))
+KIND = {"b": 0, "i": 1, "f": 2}  # of a dtype, from the narrowest to the widest
 OWN_FILES = {
-    str(Path(__file__).parent / f"{n}.py") for n in ["engine", "tensor", "nn", "transforms"]
+    str(Path(__file__).parent / f"{name}.py")
+    for name in ("engine", "tensor", "batching", "nn", "transforms")
 }
 
 
@@ -46,9 +49,11 @@ class Modes:
     grad_enabled = True
     anomaly = False  # look for NaN and infinity after every operation
     meter = None  # a meter.CostMeter while one is open
-    vmap_sizes = ()  # of the axes hidden by transforms.vmap, outermost first
+    vmap_sizes = ()  # of the axes hidden by batching.vmap, outermost first
     special = False  # any of the three: keeps the usual path to one test
     backward_of = None  # the node whose rule is running, for anomaly messages
+    batching = None  # how to run on hidden axes: the module batching.py puts itself here
+    recomputing = False  # inside the second run of a checkpoint: statistics are not taken again
 
     @classmethod
     @contextmanager
@@ -91,13 +96,14 @@ class Op:
 
     A rule is a function whose parameter names say what it needs: `g` (gradient of the result),
     `out` (the result), any argument of the forward, `shape` (of the input it is for), and for
-    variadic operations `i` and `node`. What no rule names is not kept: naming is saving. A gradient
-    is summed over the axes along which its input was broadcast by the engine, so no rule does it.
+    variadic operations `i` and `node`. What no rule names is not kept on the tape. A gradient is
+    summed over the axes along which its input was broadcast by the engine, so no rule does it.
 
     batch: how `vmap` runs it: "elementwise", "trailing" (axes are counted from the end), a function
     (params, hidden shape) → params that makes it "trailing", or None: one call per example.
     view: the result may share memory with the first input. real: integers become float32 first.
     flops: operations per element of the larger side, for the cost meter; or f(arrays, out).
+    Raises TypeError for rules that do not fit the forward, see `check_rules`.
     """
 
     def __init__(self, forward, rules, batch, flops, view, variadic, real):
@@ -106,8 +112,12 @@ class Op:
         self.batch, self.flops, self.view, self.variadic = batch, flops, view, variadic
         self.real = real
         self.arguments = tuple(inspect.signature(forward).parameters)
+        order = tuple(rules) if variadic else self.arguments[: len(rules)]
+        check_rules(self.name, order, self.arguments, rules)
+        if not (batch is None or callable(batch) or batch in ("elementwise", "trailing", "raw")):
+            raise TypeError(f"operation {self.name}: batch={batch!r} is no way to run it in vmap")
         self.n_tensors = 0 if variadic else len(rules)
-        self.rules = tuple(rules.values())
+        self.rules = tuple(rules[name] for name in order)  # in the forward's order
         self.differentiable = any(self.rules)
         self.mixed = self.differentiable and None in self.rules
         self.names = [tuple(inspect.signature(r).parameters) if r else () for r in self.rules]
@@ -124,7 +134,7 @@ class Op:
             ]
         else:
             tensors = match_dtypes(tensors)
-            if self.real and tensors[0].data.dtype.kind != "f":
+            if self.real and tensors[0].array.dtype.kind != "f":
                 tensors = [cast(t, np.float32) for t in tensors]
         return apply(self, tensors, args[n:])
 
@@ -145,6 +155,27 @@ class Op:
         return f"<op {self.name}>"
 
 
+def check_rules(name, first, arguments, rules):
+    """Complain, where an operation is defined, of rules that would go wrong in the walk back.
+
+    The rules' keywords are the forward's `first` arguments, none left out between them, and every
+    parameter of a rule is something that the engine can hand to it.
+    """
+    if set(rules) != set(first):
+        raise TypeError(
+            f"operation {name}: there are rules for {', '.join(rules)}, but the first arguments of "
+            f"its forward are {', '.join(first) or 'none'}: give each of those a rule, or None"
+        )
+    handed = {"g", "out", "shape", "i", "node", *arguments}
+    for argument, rule in rules.items():
+        strange = set(inspect.signature(rule).parameters if rule else ()) - handed
+        if strange:
+            raise TypeError(
+                f"operation {name}: the rule for {argument} asks for {', '.join(sorted(strange))}; "
+                f"a rule can have {', '.join(sorted(handed))}"
+            )
+
+
 def primitive(batch=None, flops=0, view=False, variadic=False, real=False, **rules):
     """Decorator: `@primitive(x=rule, y=rule)` makes an `Op`; a rule None marks a constant input."""
     return lambda forward: Op(forward, rules, batch, flops, view, variadic, real)
@@ -156,15 +187,16 @@ class Tensor:
     data: number, nested list, numpy array or Tensor; copied. Floats in Python lists become float32,
     a numpy array keeps its dtype. dtype: float32, float64, int64 or bool.
     grad: None, or a Tensor of the same shape, summed over all `backward` calls since it was None.
+    array: the numpy array itself. data: the same memory as a Tensor without history, as in torch.
     Raises TypeError for other dtypes and for `requires_grad` on integers.
     """
 
-    __slots__ = ("__weakref__", "data", "grad", "hidden", "node", "requires_grad", "version")
+    __slots__ = ("__weakref__", "array", "grad", "hidden", "node", "requires_grad", "version")
     __array_ufunc__ = None  # ndarray ⊕ Tensor goes to the Tensor's reflected operator
 
     def __init__(self, data, requires_grad=False, dtype=None):
         self.hidden = data.hidden if isinstance(data, Tensor) else 0
-        data = data.data if isinstance(data, Tensor) else data
+        data = data.array if isinstance(data, Tensor) else data
         if dtype is None and not isinstance(data, (np.ndarray, np.generic)):
             array = np.asarray(data)
             dtype = np.float32 if array.dtype.kind == "f" else None
@@ -175,55 +207,84 @@ class Tensor:
             raise TypeError(f"dtype {array.dtype} is none of float32, float64, int64, bool")
         if requires_grad and array.dtype not in FLOATS:
             raise TypeError(f"only floating point tensors can require gradients, not {array.dtype}")
-        self.data, self.grad, self.node = array, None, None
+        self.array, self.grad, self.node = array, None, None
         self.requires_grad, self.version = requires_grad, [0, ""]
+
+    @property
+    def data(self):
+        """detach(); may be assigned and changed in place: `p.data -= 0.1 * p.grad`.
+
+        Unlike torch's, such a change counts: a walk back that needs the old value says so.
+        """
+        return self.detach()
+
+    @data.setter
+    def data(self, value):
+        value = as_tensor(value)
+        if value.array is not self.array:
+            self.array = value.array
+            self.bump("data = ...")
 
     @property
     def shape(self):
         """The logical shape: without the leading axes that `vmap` hides."""
-        return self.data.shape[self.hidden :]
+        return self.array.shape[self.hidden :]
 
     @property
     def ndim(self):
-        return self.data.ndim - self.hidden
+        """The number of axes."""
+        return self.array.ndim - self.hidden
 
     @property
     def dtype(self):
-        return self.data.dtype
+        """float32, float64, int64 or bool, as numpy's."""
+        return self.array.dtype
 
     @property
     def is_leaf(self):
+        """Whether no recorded operation made this tensor."""
         return self.node is None
 
+    def size(self, dim=None):
+        """The shape, or the length of one axis."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self):
+        """The number of axes."""
+        return self.ndim
+
     def numel(self):
+        """The number of elements."""
         return int(np.prod(self.shape))
 
     def numpy(self):
         """The array itself, not a copy. Writes to it are not seen by the version counter."""
         if self.requires_grad:
             raise GraphError("numpy() of a tensor that requires gradients: call detach() first")
-        return self.data
+        return self.array
 
     def __array__(self, dtype=None, copy=None):
         return np.array(self.numpy(), dtype)
 
     def item(self):
         """The only element, as a Python number."""
-        if self.data.size != 1:
+        if self.array.size != 1:
             inside = " in each of vmap's examples" if self.hidden else ""
             raise ShapeError(f"item() needs one element, the shape is {self.shape}{inside}")
-        return self.data.item()
+        return self.array.item()
 
     def tolist(self):
-        return self.data.tolist()
+        """Nested Python lists."""
+        return self.array.tolist()
 
     def detach(self):
         """The same memory without history; in-place changes count for both."""
-        out = _new(self.data)
+        out = _new(self.array)
         out.version, out.hidden = self.version, self.hidden
         return out
 
     def requires_grad_(self, requires_grad=True):
+        """Start (or stop) asking for gradients; returns the tensor."""
         if requires_grad and self.dtype not in FLOATS:
             raise TypeError(f"only floating point tensors can require gradients, not {self.dtype}")
         if self.node is not None and not requires_grad:
@@ -247,8 +308,8 @@ class Tensor:
         """What gradients towards this tensor are filed under: its node, or a leaf itself."""
         return self if self.node is None else self.node
 
-    def write_(self, name, value, key=...):
-        """In-place assignment, the one door for all in-place methods; bumps the version."""
+    def write_(self, name, value, key=(), arrays=()):
+        """In-place assignment, the door of all that overwrites; bumps the version."""
         value = as_tensor(value)
         if Modes.grad_enabled and (self.requires_grad or value.requires_grad):
             raise GraphError(
@@ -260,8 +321,9 @@ class Tensor:
         if value.dtype in FLOATS and self.dtype not in FLOATS:
             raise TypeError(f"{name}: {value.dtype} values into a tensor of {self.dtype}")
         try:
-            self.data[key] = value.data
-        except ValueError as error:
+            place = self.array[(*key, ...)]
+            place[arrays or ...] = value.array
+        except (ValueError, IndexError) as error:
             raise ShapeError(f"{name}: shapes {self.shape} and {value.shape}: {error}") from None
         self.bump(name)
         return self
@@ -272,22 +334,76 @@ class Tensor:
         self.version[1] = name
 
     def copy_(self, other):
+        """Overwrite every element with those of `other`, broadcast."""
         return self.write_("copy_", other)
 
     def fill_(self, value):
+        """Overwrite every element with one number."""
         return self.write_("fill_", value)
 
     def zero_(self):
+        """Overwrite every element with 0."""
         return self.write_("zero_", 0)
 
-    def add_(self, other):
-        return self.write_("add_", self.data + as_tensor(other).data)
+    def update_(self, name, op, other):
+        """x ← op(x, other) in x's own memory: what `add_`, `sub_`, … and `+=`, `-=`, … do.
 
-    def mul_(self, other):
-        return self.write_("mul_", self.data * as_tensor(other).data)
+        With the tape on, a result that needs gradients is recorded as `x = op(x, other)` would be.
+        Refused then, with GraphError: a leaf that requires gradients (as in torch), and a tensor
+        whose memory another one can see (a view: torch would rewrite the view's history as well).
+        """
+        other = as_tensor(other, self)
+        recorded = Modes.grad_enabled and (self.requires_grad or other.requires_grad)
+        if self.hidden or other.hidden:
+            raise GraphError(f"{name} inside vmap: write x = x + y, which makes a new tensor")
+        if recorded:
+            self.check_own(name)
+        before = self.remembered() if recorded else self
+        result = op(before, before if other is self else other)
+        if KIND[result.dtype.kind] > KIND[self.dtype.kind]:
+            raise TypeError(f"{name}: a result of {result.dtype} into a tensor of {self.dtype}")
+        if result.shape != self.shape:
+            raise ShapeError(f"{name}: shapes {self.shape} and {other.shape}: the result is larger")
+        result = cast(result, self.dtype)
+        try:
+            self.array[...] = result.array
+        except ValueError as error:  # an expanded view: one place in memory for many elements
+            raise ShapeError(f"{name}: shape {self.shape}: {error}") from None
+        self.bump(name)
+        if recorded:
+            self.requires_grad, self.node = True, result.node
+        return self
+
+    def check_own(self, name):
+        """Complain if a recorded in-place step would go wrong here."""
+        if self.requires_grad and self.node is None:
+            raise GraphError(
+                f"{name} on a leaf of shape {self.shape} that requires gradients: wrap an update "
+                "in no_grad(), or write x = x + y, which makes a new tensor"
+            )
+        if self.shares_memory():
+            raise GraphError(
+                f"{name} on a tensor of shape {self.shape} that requires gradients and whose "
+                "memory another tensor sees (a view): write x = x + y, or change a clone()"
+            )
+
+    def shares_memory(self):
+        """Whether another living tensor is a view of this one, or this one of it.
+
+        All of them hold one version cell, so its reference count says how many they are.
+        """
+        return sys.getrefcount(self.version) > sys.getrefcount(LONE.version)
+
+    def remembered(self):
+        """This tensor as it is now: its value copied, its history kept."""
+        out = _new(self.array.copy())
+        out.requires_grad, out.node = self.requires_grad, self.node
+        return out
 
     def __setitem__(self, key, value):
-        self.write_("x[...] = ", value, _plain_key(key))
+        """x[key] = value, with the keys of `x[key]`; refused where it would have to be recorded."""
+        plain, arrays = split_key(key, self.shape)
+        self.write_("x[...] = ", value, plain, arrays)
 
     def __len__(self):
         if self.ndim == 0:
@@ -307,7 +423,7 @@ class Tensor:
         return int(self.item())
 
     def __repr__(self):
-        body = np.array2string(self.data, precision=4, separator=", ", prefix="Tensor(")
+        body = np.array2string(self.array, precision=4, separator=", ", prefix="Tensor(")
         kind = "" if self.dtype == np.float32 else f", dtype={self.dtype}"
         how = f", op={self.node.op.name}" if self.node else ", requires_grad=True"
         return f"Tensor({body}{kind}{how if self.requires_grad else ''})"
@@ -316,22 +432,66 @@ class Tensor:
 def _new(data):
     """A Tensor around an array, without copy or checks: the way out of every operation."""
     t = object.__new__(Tensor)
-    t.data = data if type(data) is np.ndarray else np.asarray(data)
+    t.array = data if type(data) is np.ndarray else np.asarray(data)
     t.requires_grad, t.hidden = False, 0
     t.grad = t.node = None
     t.version = [0, ""]
     return t
 
 
-def _plain_key(key):
-    """An index with its Tensors replaced by their arrays."""
-    if isinstance(key, tuple):
-        return tuple(_plain_key(k) for k in key)
-    if not isinstance(key, Tensor):
-        return key
-    if key.hidden:
-        raise GraphError("inside vmap, a mapped index must be the only one, of integers: gather()")
-    return key.data
+LONE = _new(np.zeros(()))  # a tensor that shares its memory with nobody, for comparison
+
+
+def split_key(key, shape):
+    """An index as torch reads it, in two steps: (integers, slices and None; then the arrays).
+
+    The first part makes a view, the second picks from it. numpy alone would move the axes of
+    x[0, :, [1, 2]] to the front, because it takes an integer beside an array for an array.
+    Raises ShapeError for too many indices, IndexError for what is no index.
+    """
+    parts = [_plain_index(k) for k in (key if isinstance(key, tuple) else (key,))]
+    used = sum(_axes_used(k) for k in parts)
+    spots = [i for i, k in enumerate(parts) if k is ...]
+    if used > len(shape) or len(spots) > 1:
+        raise ShapeError(f"index: {used} indices for a tensor with {len(shape)} axes: {shape}")
+    spot = spots[0] if spots else len(parts)
+    parts[spot : spot + 1] = [slice(None)] * (len(shape) - used)
+    plain, arrays = [], []
+    for k in parts:
+        if isinstance(k, np.ndarray):
+            plain += [slice(None)] * _axes_used(k) or [None]
+            arrays.append(k if k.ndim else np.flatnonzero(k))
+        else:
+            plain.append(k)
+            arrays += [] if isinstance(k, int) else [slice(None)]
+    while arrays and isinstance(arrays[-1], slice):  # what follows is whole anyway
+        arrays.pop()
+    return tuple(plain), tuple(arrays)
+
+
+def _plain_index(k):
+    """One part of an index: an integer, a slice, None, … or an array of integers or booleans."""
+    if isinstance(k, Tensor):
+        if k.hidden:
+            raise GraphError(
+                "inside vmap, a mapped index must be the only one, of integers: gather()"
+            )
+        k = k.array
+    if k is None or k is ... or isinstance(k, slice):
+        return k
+    if isinstance(k, list) and any(isinstance(v, (list, tuple)) for v in k):
+        raise IndexError("index: a list of lists is ambiguous: write x[rows, columns], or a Tensor")
+    found = np.asarray(k, np.int64 if isinstance(k, (list, range)) and not len(k) else None)
+    if found.dtype.kind not in "iub":
+        raise IndexError(f"index: {found.dtype} is no index; integers, booleans, slices, None are")
+    return int(found) if not found.ndim and found.dtype.kind != "b" else found
+
+
+def _axes_used(k):
+    """How many axes of the tensor a part of an index takes up."""
+    if k is None or k is ...:
+        return 0
+    return k.ndim if isinstance(k, np.ndarray) and k.dtype.kind == "b" else 1
 
 
 def as_tensor(x, like=None):
@@ -339,33 +499,34 @@ def as_tensor(x, like=None):
     if isinstance(x, Tensor):
         return x
     if like is not None and isinstance(x, (int, float)):
-        own, kind = (np.int64 if isinstance(x, int) else np.float32), like.data.dtype.kind
+        own, kind = (np.int64 if isinstance(x, int) else np.float32), like.array.dtype.kind
         fits = kind == "f" or isinstance(x, bool) or (kind == "i" and own is np.int64)
         return _new(np.array(x, dtype=like.dtype if fits else own))
     return Tensor(x)
 
 
 def match_dtypes(args):
-    """The arguments as Tensors, floats promoted to the widest float among them.
+    """The arguments as Tensors of one dtype, by torch's rule.
 
-    Integers and booleans join a float as that float; alone they stay what they are. As torch does,
-    but for 0-d tensors, which count here like all others.
+    The widest kind decides, bool < integer < float. Within that kind a tensor with axes goes before
+    one without (0-d float64 · float32 is float32), and of those the wider float counts.
     """
     if len(args) == 1:
         return (as_tensor(args[0]),)
     if len(args) == 2:  # the usual case, without the loops below
         x, y = args
-        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.data.dtype is y.data.dtype:
+        if isinstance(x, Tensor) and isinstance(y, Tensor) and x.array.dtype is y.array.dtype:
             return args
     like = next((a for a in args if isinstance(a, Tensor)), None)
     tensors = tuple(a if isinstance(a, Tensor) else as_tensor(a, like) for a in args)
-    first = tensors[0].data.dtype
-    for t in tensors:
-        if t.data.dtype is not first:
-            floats = [u.dtype for u in tensors if u.dtype in FLOATS]
-            common = max(floats, key=lambda d: d.itemsize) if floats else None
-            return tuple(cast(u, common) if common else u for u in tensors)
-    return tensors
+    first = tensors[0].array.dtype
+    if all(t.array.dtype is first for t in tensors):
+        return tensors
+    top = max(KIND[t.dtype.kind] for t in tensors)
+    decisive = [t for t in tensors if KIND[t.dtype.kind] == top]
+    decisive = [t for t in decisive if t.ndim] or decisive
+    common = max((t.dtype for t in decisive), key=lambda dtype: dtype.itemsize)
+    return tuple(cast(t, common) for t in tensors)
 
 
 def cast(x, dtype):
@@ -391,12 +552,12 @@ class Node:
     def __init__(self, op, tensors, params, out):
         self.op, self.params, self.seq = op, params, next(Node.counter)
         self.edges = [(t.node or t) if t.requires_grad else None for t in tensors]
-        self.shapes = [t.data.shape for t in tensors]
+        self.shapes = [t.array.shape for t in tensors]
         self.hiddens = [t.hidden for t in tensors] if Modes.vmap_sizes else None
         wanted = tuple([i for i, e in enumerate(self.edges) if e is not None])
         inputs, keep_out = op.keeps(wanted)
         self.saved = [(i, tensors[i], tensors[i].version[0]) for i in inputs]
-        self.out = (out.data, out.version, out.version[0], out.hidden) if keep_out else None
+        self.out = (out.array, out.version, out.version[0], out.hidden) if keep_out else None
         self.where = caller_line() if Modes.anomaly else ""
 
     def values(self):
@@ -437,7 +598,7 @@ class Node:
             shape, hidden = self.shapes[i], self.hiddens[i] if self.hiddens else 0
             values["shape"], values["i"], values["node"] = shape[hidden:], i, self
             dx = rule(*[values[n] for n in names])
-            yield edge, dx if dx.data.shape == shape else fit(dx, shape, hidden)
+            yield edge, dx if dx.array.shape == shape else fit(dx, shape, hidden)
 
     def free(self):
         """Drop the saved arrays; a node that saved none may be walked again, as in torch."""
@@ -447,11 +608,11 @@ class Node:
 
 def apply(op, tensors, params=()):
     """Run `op` and record it if any input requires gradients. Raises ShapeError."""
-    arrays = [t.data for t in tensors]
+    arrays = [t.array for t in tensors]
     hidden = 0
     try:
         if Modes.special and (op.batch == "raw" or any(t.hidden for t in tensors)):
-            data, hidden = run_batched(op, tensors, params)
+            data, hidden = Modes.batching.run(op, tensors, params)
         else:
             data = op.forward(*arrays, *params)
     except (ValueError, IndexError) as error:
@@ -462,8 +623,8 @@ def apply(op, tensors, params=()):
     out = _new(data)
     out.hidden = hidden
     if op.view:
-        first, base = tensors[0], out.data.base
-        if base is not None and (base is first.data or base is first.data.base):
+        first, base = tensors[0], out.array.base
+        if base is not None and (base is first.array or base is first.array.base):
             out.version = first.version  # the same memory: a write to one is a write to both
     if Modes.grad_enabled and op.differentiable:
         for t in tensors:
@@ -478,21 +639,21 @@ def apply(op, tensors, params=()):
 
 def watch(op, tensors, out):
     if Modes.meter:
-        Modes.meter.record(op, [t.data for t in tensors], out.data)
-    if Modes.anomaly and out.dtype in FLOATS and not np.isfinite(out.data).all():
-        innocent = any(not np.isfinite(t.data).all() for t in tensors)  # it came in that way
+        Modes.meter.record(op, [t.array for t in tensors], out.array)
+    if Modes.anomaly and out.dtype in FLOATS and not np.isfinite(out.array).all():
+        innocent = any(not np.isfinite(t.array).all() for t in tensors)  # it came in that way
         if not innocent:
             raise AnomalyError(born(op, tensors, out))
 
 
 def born(op, tensors, out):
     """The message of an anomaly: what, how many, where, and in whose backward."""
-    bad = out.data[~np.isfinite(out.data)]
+    bad = out.array[~np.isfinite(out.array)]
     what = "NaN" if np.isnan(bad).any() else "infinity"
     shapes = ", ".join(str(t.shape) for t in tensors)
     node = Modes.backward_of
     inside = f" in the backward of `{node.op.name}`{node.where}" if node else caller_line()
-    return f"`{op.name}` made {what} ({bad.size} of {out.data.size} values) from {shapes}{inside}"
+    return f"`{op.name}` made {what} ({bad.size} of {out.array.size} values) from {shapes}{inside}"
 
 
 def caller_line():
@@ -515,7 +676,9 @@ def run_backward(roots, gradients, targets, retain_graph=None, create_graph=Fals
         _accumulate(pending, root.edge(), _seed(root, g))
     nodes = reachable([r.node for r in roots if r.node is not None], () if beyond else targets)
     wanted = None if targets is None else _ancestors_of(targets, nodes)
-    sizes = Modes.vmap_sizes or (1,) * any(n.hiddens for n in nodes)  # only turns batching on
+    sizes = Modes.vmap_sizes
+    if not sizes and any(n.hiddens for n in nodes):
+        sizes = (1,)  # only turns batching on
     found = {}
     with Modes.set(grad_enabled=create_graph, vmap_sizes=sizes, backward_of=None):
         for node in nodes:
@@ -538,7 +701,7 @@ def _step(node, g, wanted, pending):
     """One node of the walk: its inputs' gradients are added to `pending`."""
     Modes.backward_of = node
     for edge, dx in node.pull(g, wanted):
-        shared = dx.data is g.data or dx.data.base is not None
+        shared = dx.array is g.array or dx.array.base is not None
         if shared and isinstance(edge, Tensor) and edge not in pending:
             dx = clone(dx)  # a leaf's .grad may be changed in place: own memory
         _accumulate(pending, edge, dx)
@@ -554,7 +717,7 @@ def _seed(root, g):
     if not root.requires_grad:
         raise GraphError("backward from a tensor that does not require gradients: nothing recorded")
     if g is None:
-        if root.data.size != 1 and root.numel() != 1:
+        if root.array.size != 1 and root.numel() != 1:
             raise GraphError(
                 f"backward without a gradient needs one element, the shape is {root.shape}"
             )
@@ -611,7 +774,7 @@ def grads(outputs, inputs, grad_outputs=None, retain_graph=None, create_graph=Fa
 
 
 def zeros_like(x, value=0):
-    out = _new(np.full_like(x.data, value))
+    out = _new(np.full_like(x.array, value))
     out.hidden = x.hidden
     return out
 
@@ -660,13 +823,6 @@ def _reshape(x, to):
     return x.reshape(to)
 
 
-@primitive(batch="raw", flops=1, x=lambda g: g)
-def _sum_hidden(x, shape, extra, hidden):
-    """Sum over `extra` axes hidden by `vmap` after the first `hidden`, and where `shape` has 1."""
-    ones = tuple(i for i, n in enumerate(shape) if n == 1 and x.shape[i] != 1)
-    return x.sum(axis=ones, keepdims=True).sum(axis=tuple(range(hidden, hidden + extra)))
-
-
 def expand(x, shape):
     """x broadcast to `shape`, without copying; −1 keeps an axis."""
     lead = len(shape) - x.ndim
@@ -686,33 +842,5 @@ def sum_to(x, shape):
 def fit(g, shape, hidden):
     """A gradient summed to the shape of the input it belongs to: the adjoint of broadcasting."""
     if g.hidden:
-        common = min(hidden, g.hidden)
-        g = _sum_hidden(g, shape[:common], g.hidden - common, common)
+        g = Modes.batching.sum_hidden(g, shape, hidden)
     return g if g.shape == shape[hidden:] else sum_to(g, shape[hidden:])
-
-
-def run_batched(op, tensors, params):
-    """Run `op` on tensors with axes hidden by `vmap`: one call for all examples where it can.
-
-    Returns (array, number of hidden axes). Hidden axes come first; a tensor that lacks the inner
-    ones gets them with size 1.
-    """
-    if op.batch == "raw":
-        return op.forward(*[t.data for t in tensors], *params), params[-1]
-    depth = max(t.hidden for t in tensors)
-    rank = max(t.ndim for t in tensors)
-    arrays = [_align(t, depth, rank if op.batch == "elementwise" else t.ndim) for t in tensors]
-    if op.batch == "elementwise":
-        return op.forward(*arrays, *params), depth
-    hidden = np.broadcast_shapes(*[a.shape[:depth] for a in arrays])
-    arrays = [np.broadcast_to(a, hidden + a.shape[depth:]) for a in arrays]
-    if op.batch:
-        params = op.batch(params, hidden) if callable(op.batch) else params
-        return op.forward(*arrays, *params), depth
-    each = [op.forward(*[a[i] for a in arrays], *params) for i in np.ndindex(*hidden)]
-    return np.reshape(np.stack(each), hidden + np.shape(each[0])), depth
-
-
-def _align(t, depth, rank):
-    ones = (1,) * (depth - t.hidden), (1,) * (rank - t.ndim)
-    return t.data.reshape(t.data.shape[: t.hidden] + ones[0] + ones[1] + t.shape)

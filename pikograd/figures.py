@@ -16,7 +16,8 @@ import optim
 import tensor as pg
 import train
 from meter import CostMeter
-from run import RunDirectory, UserError, read_json, say, write_json
+from options import UserError, say
+from run import RunDirectory, read_json, write_json
 from transforms import checkpoint
 from value import Value, topological_order
 
@@ -173,7 +174,7 @@ def collect():
     write_json(file, found)
 
 
-def main():
+def main(args=None):
     try:
         import matplotlib
     except ImportError:

@@ -6,91 +6,98 @@ python main.py --train --model moons      10 s: two moons, every number a Value
 python main.py --train --model mlp --data FOLDER      15 s: MNIST's four idx files
 python main.py --sample                   at once: held-out digits and what the net sees
 python main.py --sample --model gpt       at once: text
-python main.py --classify FILE            at once: one picture, .npy or .pgm
+python main.py --classify data/seven.pgm  at once: one picture, .pgm or .npy
 python main.py --eval                     seconds; the last line is JSON
 python main.py --bench                    a minute; beside torch, if it is installed
 python main.py --figures                  a minute; draws assets/ anew
 python main.py --selfcheck                2 s; every operation against finite differences
 """
 
-import argparse
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 # OpenBLAS reads this when numpy is imported. Its threads spin while they wait for each other: for
 # products as small as these two are no faster than one, and several times slower on a busy machine.
-if "--bench" not in sys.argv:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
 import data
-import run
+import pictures
 import tensor as pg
 import train
-from run import UserError, say
+from options import (
+    Parser,
+    UserError,
+    add_options,
+    add_verbs,
+    command_line,
+    dispatch,
+    from_options,
+    given,
+    say,
+)
+from run import place_to_export, read_json, whole_file
+from tasks import show
 
 HERE = Path(__file__).resolve().parent
-VERBS = ("train", "sample", "eval", "bench", "figures", "selfcheck")
 
 
 def parser():
     """All verbs and options."""
-    parser = run.Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = parser.add_argument_group("What to do, see above")
-    for verb in VERBS:
-        verbs.add_argument(f"--{verb}", action="store_true")
+    everything = Parser(__doc__)
+    verbs = add_verbs(everything, "train", "sample", "eval", "bench", "figures", "selfcheck")
     verbs.add_argument("--classify", metavar="FILE", help="name the digit in a picture")
-    verbs.add_argument(
-        "--export", metavar="DIR", help="write weights that torch loads, safetensors"
-    )
-    verbs.add_argument("--resume", action="store_true", help="with --train: go on from --out")
+    verbs.add_argument("--export", metavar="DIR", help="write weights that torch loads")
     verbs.add_argument("--weights", metavar="DIR", help="a run directory instead of the newest")
     verbs.add_argument(
         "--prompt", default="", metavar="TEXT", help="what a gpt's sample begins with"
     )
     verbs.add_argument("--temperature", type=float, default=0.7, help="of a gpt's sample (0.7)")
-    run.add_options(parser, train.TrainConfig)
-    return parser
+    add_options(everything, train.TrainConfig)
+    return everything
 
 
 def load(args, kinds=train.MODELS):
     """The task of --weights, else of the newest run of a fitting model, else the one shipped."""
-    asked = run.given(args, train.TrainConfig)
-    config = run.from_options(train.TrainConfig(), args)  # complains of values that make no sense
+    asked = given(args, train.TrainConfig)
+    config = from_options(train.TrainConfig(), args)  # complains of values that make no sense
     kinds = (asked["model"],) if asked.get("model") in kinds else kinds
-    if args.weights or args.train:
-        found = [Path(args.weights or config.out)]
-    else:
-        shipped = [
-            HERE / "pretrained" / kind for kind in sorted(kinds, key="cnn gpt mlp moons".find)
-        ]
-        found = [f for f in run.newest_run(HERE / "runs") if kind_of(f) in kinds] + shipped
-    say(f"weights    {found[0]}")
+    folder = Path(args.weights or config.out) if args.weights or args.train else newest(kinds)
+    say(f"weights    {folder}")
     changes = {"data": asked["data"]} if "data" in asked else {}
-    task, _ = train.load_run(found[0], changes)
+    task, _ = train.load_run(folder, changes)
     if task.model.kind not in kinds:
-        raise UserError(f"{found[0]} holds a {task.model.kind}, needed is {' or '.join(kinds)}")
-    return task, found[0]
+        raise UserError(f"{folder} holds a {task.model.kind}, needed is {' or '.join(kinds)}")
+    return task, folder
+
+
+def newest(kinds):
+    """The newest run of one of these models, else the shipped one."""
+    runs = [file.parent for file in (HERE / "runs").glob("*/model.safetensors")]
+    fitting = [run for run in runs if not run.name.startswith(".") and kind_of(run) in kinds]
+    if fitting:
+        return max(fitting, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+    first = next(kind for kind in ("cnn", "gpt", "mlp", "moons") if kind in kinds)
+    return HERE / "pretrained" / first
 
 
 def kind_of(folder):
+    """Which model a run holds, None if it cannot be read."""
     try:
-        return run.read_json(folder / "config.json").get("model", {}).get("kind")
+        model = read_json(folder / "config.json").get("model")
     except UserError:
         return None
+    return model.get("kind") if isinstance(model, dict) else None
 
 
 def do_train(args):
-    """Train, then show a sample."""
-    config = run.from_options(train.TrainConfig(), args)
+    """Train."""
+    if args.weights:
+        raise UserError("--weights goes with --sample, --classify, --eval and --export")
+    config = from_options(train.TrainConfig(), args)
     train.train(config, args.resume)
     say(f"written    {config.out}")
 
@@ -99,7 +106,7 @@ def do_eval(args):
     """Score the held-out data; the last line is JSON."""
     task, folder = load(args)
     score = task.evaluate()
-    print(train.show(score))
+    print(show(score))
     print(json.dumps({"weights": str(folder), "model": task.model.kind, **score}))
 
 
@@ -121,15 +128,10 @@ def do_sample(args):
 def do_classify(args):
     """One picture from a file."""
     task, _ = load(args, ("cnn", "mlp"))
-    image = data.read_image(args.classify)
-    if image.shape != tuple(task.model.image):
-        raise UserError(
-            f"--classify {args.classify}: the picture is {image.shape}, this net reads "
-            f"{tuple(task.model.image)}; resize it, or train on pictures of that size"
-        )
-    top = 16.0 if tuple(task.model.image) == (8, 8) else 255.0
-    image = image * (top if image.max() <= 1 else 1.0)
-    x = ((image - task.model.mean) / task.model.std)[None]
+    image = pictures.read_image(args.classify)
+    image = pictures.resized(image, task.model.image, args.classify)
+    top = 16.0 if tuple(task.model.image) == (8, 8) else 255.0  # what full brightness is there
+    x = ((image * top - task.model.mean) / task.model.std)[None]
     print(f"{picture(x[0])}\nthe net says {opinion(task, x)}")
 
 
@@ -177,50 +179,22 @@ def write(task, prompt, temperature, seed, length=300):
 
 def do_export(args):
     """config.json and model.safetensors: tensor names and shapes are torch's."""
+    target = place_to_export(args.export)
     _, folder = load(args)
-    target = Path(args.export)
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("config.json", "model.safetensors"):
-            with run.whole_file(target / name) as part:
-                shutil.copyfile(folder / name, part)
-    except OSError as error:
-        raise UserError(f"--export {target}: {error.strerror}") from None
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        with whole_file(target / name) as part:
+            shutil.copyfile(folder / name, part)
     say(f"exported   {target}")
-
-
-def do_bench(args):
-    import bench
-
-    bench.main()
-
-
-def do_figures(args):
-    import figures
-
-    figures.main()
-
-
-def do_selfcheck(args):
-    import selfcheck
-
-    selfcheck.main()
 
 
 def main():
     """Do what the command line says, in the order of the help."""
-    everything = parser()
-    args = everything.parse_args()
-    if args.resume and not args.train:
-        raise UserError("--resume goes with --train")
-    if args.train and args.weights:
-        raise UserError("--weights goes with --sample, --classify, --eval and --export")
-    wanted = [verb for verb in (*VERBS, "classify", "export") if getattr(args, verb)]
-    if not wanted:
-        everything.print_help()
-    for verb in wanted:
-        getattr(sys.modules[__name__], f"do_{verb}")(args)
+    work = {"train": do_train, "sample": do_sample, "eval": do_eval, "bench": "bench",
+            "figures": "figures", "selfcheck": "selfcheck", "classify": do_classify,
+            "export": do_export}  # fmt: skip
+    dispatch(parser(), work)
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    command_line(main)

@@ -4,6 +4,7 @@ Dimension key: N images, H W their size, C classes, B batch, T time, D d_model, 
 """
 
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -31,6 +32,23 @@ class ModelConfig:
     vocab: str = ""
     seq_len: int = 64
     dropout: float = 0.1
+
+    def __post_init__(self):
+        good = {
+            "kind": self.kind in ("moons", "mlp", "cnn", "gpt"),
+            "size": self.size in WIDTH,
+            "classes": 0 < self.classes <= 256,
+            "image": self.kind in ("moons", "gpt")
+            or (len(self.image) == 2 and all(type(n) is int and 0 < n <= 4096 for n in self.image)),
+            "mean": math.isfinite(self.mean),
+            "std": 0 < self.std < math.inf,
+            "vocab": self.kind != "gpt" or len(set(self.vocab)) == len(self.vocab) > 1,
+            "seq_len": 0 < self.seq_len <= 1 << 20,
+            "dropout": 0 <= self.dropout < 1,
+        }
+        for name, fine in good.items():
+            if not fine:
+                raise ValueError(f"{name} {getattr(self, name)!r} makes no {self.kind}")
 
 
 class ScalarNet:
@@ -87,12 +105,12 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d_model), nn.LayerNorm(d_model)
         self.attention = nn.MultiHeadAttention(d_model, n_head)
         self.mlp = nn.Sequential(
-            nn.Linear(d_model, 4 * d_model), nn.GELU(), nn.Linear(4 * d_model, d_model)
+            nn.Linear(d_model, 4 * d_model), nn.GELU("tanh"), nn.Linear(4 * d_model, d_model)
         )
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
-        x = x + self.dropout(self.attention(self.norm1(x), causal=True))
+        x = x + self.dropout(self.attention(self.norm1(x), is_causal=True))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
 
@@ -108,7 +126,7 @@ class GPT(nn.Module):
         self.token = nn.Embedding(len(config.vocab), d_model)
         self.position = nn.Embedding(config.seq_len, d_model)
         for table in (self.token, self.position):
-            table.weight.data *= 0.02**0.5  # small enough for loss ≈ ln V at the start
+            table.weight.array *= 0.02**0.5  # small enough for loss ≈ ln V at the start
         self.blocks = nn.Sequential(*[
             Block(d_model, n_head, config.dropout) for _ in range(n_layer)
         ])  # fmt: skip

@@ -3,17 +3,19 @@
 Parameter names, shapes, initial distributions and defaults are torch's, so a torch state dict of
 the same net loads and gives the same outputs (tests/test_nn.py).
 
-Left out: lazy modules, sparse gradients, class weights, padding other than zeros, dilation.
+Left out: lazy modules, sparse gradients, class weights, padding other than zeros, dilation,
+`inplace=`, bidirectional LSTMs. MultiHeadAttention returns its output only, without the weights.
 Dimension key: N batch, T time, C channels or classes, H W image, D features.
 """
 
+import inspect
 import math
 
 import numpy as np
 
 import tensor as pg
-from engine import FLOATS, ShapeError, Tensor, as_tensor
-from tensor import conv1d, conv2d, gelu, linear, max_pool1d, max_pool2d, softmax, stack, where
+from engine import FLOATS, Modes, ShapeError, Tensor, as_tensor
+from tensor import conv1d, conv2d, linear, max_pool1d, max_pool2d, softmax, stack, where
 
 
 class Parameter(Tensor):
@@ -44,6 +46,15 @@ class Module:
         self._parameters, self._buffers, self._modules = {}, {}, {}
         self._pre_hooks, self._hooks = [], []
         self.training = True
+
+    def __getattr__(self, name):
+        """Called for what is not there: says what was forgotten when that is super().__init__()."""
+        kind = type(self).__name__
+        if name in ("_parameters", "_modules", "_buffers", "_hooks", "_pre_hooks", "training"):
+            raise AttributeError(
+                f"{kind}.__init__ must call super().__init__() first, before it assigns a layer"
+            )
+        raise AttributeError(f"{kind} has no attribute {name!r}")
 
     def __setattr__(self, name, value):
         kind = next((k for k in (Parameter, Module) if isinstance(value, k)), None)
@@ -136,14 +147,14 @@ class Module:
         missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if missing or extra:
             raise KeyError(f"state dict: missing {missing or 'none'}, unexpected {extra or 'none'}")
-        arrays = {k: np.asarray(v.data if isinstance(v, Tensor) else v) for k, v in state.items()}
+        arrays = {k: np.asarray(v.array if isinstance(v, Tensor) else v) for k, v in state.items()}
         for name, array in arrays.items():
             if array.shape != own[name].shape:
                 raise ShapeError(
                     f"state dict: {name} has shape {array.shape}, the net has {own[name].shape}"
                 )
         for name, array in arrays.items():
-            own[name].data[...] = array
+            own[name].array[...] = array
             own[name].bump("load_state_dict")
 
     def train(self, mode=True):
@@ -164,7 +175,7 @@ class Module:
             for registry in (module._parameters, module._buffers):
                 for t in registry.values():
                     if t.dtype in FLOATS:
-                        t.data = t.data.astype(dtype)
+                        t.array = t.array.astype(dtype)
                         t.bump("Module.to")
         return self
 
@@ -178,7 +189,7 @@ class Module:
 
 
 class Sequential(Module):
-    """One after the other."""
+    """One after the other. net[0] is a layer, net[:2] a Sequential of the same layers."""
 
     def __init__(self, *modules):
         super().__init__()
@@ -194,7 +205,10 @@ class Sequential(Module):
         return len(self._modules)
 
     def __getitem__(self, i):
-        return list(self._modules.values())[i]
+        found = list(self._modules.values())[i]
+        if not isinstance(i, slice):
+            return found
+        return type(self)(found) if isinstance(self, ModuleList) else type(self)(*found)
 
     def __iter__(self):
         return iter(self._modules.values())
@@ -212,6 +226,42 @@ class ModuleList(Sequential):
 
     def forward(self, x):
         raise NotImplementedError("ModuleList has no forward: call its modules")
+
+
+class ModuleDict(Module):
+    """A dictionary whose modules count; it has no forward."""
+
+    def __init__(self, modules=()):
+        super().__init__()
+        for name, module in dict(modules).items():
+            self[name] = module
+
+    def __setitem__(self, name, module):
+        setattr(self, name, module)
+
+    def __getitem__(self, name):
+        return self._modules[name]
+
+    def __contains__(self, name):
+        return name in self._modules
+
+    def __iter__(self):
+        return iter(self._modules)
+
+    def __len__(self):
+        return len(self._modules)
+
+    def keys(self):
+        """The names, in order."""
+        return self._modules.keys()
+
+    def values(self):
+        """The modules, in order."""
+        return self._modules.values()
+
+    def items(self):
+        """(name, module), in order."""
+        return self._modules.items()
 
 
 def _uniform(bound, *shape):
@@ -261,17 +311,39 @@ class Conv1d(Conv2d):
     n_axes, convolve = 1, staticmethod(conv1d)
 
 
+class ConvTranspose2d(Module):
+    """(N, C, H, W) → (N, O, H_out, W_out), H_out = (H − 1)·stride − 2·padding + kernel +
+    output_padding: the adjoint of Conv2d, which makes images larger. weight (C, O/groups, K, K)."""
+
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0,
+                 output_padding=0, groups=1, bias=True):  # fmt: skip
+        super().__init__()
+        kernel = pg._tuple(kernel_size, 2)
+        bound = 1 / math.sqrt(out_channels // groups * math.prod(kernel))
+        self.stride, self.padding, self.output_padding = stride, padding, output_padding
+        self.groups = groups
+        self.weight = _uniform(bound, in_channels, out_channels // groups, *kernel)
+        self.bias = _uniform(bound, out_channels) if bias else None
+
+    def forward(self, x):
+        return pg.conv_transpose2d(x, self.weight, self.bias, self.stride, self.padding,
+                                   self.output_padding, self.groups)  # fmt: skip
+
+    def extra_repr(self):
+        return f"{self.weight.shape}, stride={self.stride}, padding={self.padding}"
+
+
 class MaxPool2d(Module):
-    """(N, C, H, W) → the maximum of each window."""
+    """(N, C, H, W) → the maximum of each window; padding adds −∞ on both sides first."""
 
     pool = staticmethod(max_pool2d)
 
-    def __init__(self, kernel_size, stride=None):
+    def __init__(self, kernel_size, stride=None, padding=0):
         super().__init__()
-        self.kernel_size, self.stride = kernel_size, stride
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
 
     def forward(self, x):
-        return self.pool(x, self.kernel_size, self.stride)
+        return self.pool(x, self.kernel_size, self.stride, self.padding)
 
     def extra_repr(self):
         return f"{self.kernel_size}"
@@ -284,7 +356,7 @@ class MaxPool1d(MaxPool2d):
 
 
 class AvgPool2d(MaxPool2d):
-    """(N, C, H, W) → the mean of each window."""
+    """(N, C, H, W) → the mean of each window; padding adds zeros, which count."""
 
     pool = staticmethod(pg.avg_pool2d)
 
@@ -293,6 +365,20 @@ class AvgPool1d(MaxPool2d):
     """(N, C, L) → the mean of each window."""
 
     pool = staticmethod(pg.avg_pool1d)
+
+
+class AdaptiveAvgPool2d(Module):
+    """(N, C, H, W) → (N, C, *output_size), whatever H and W are: means over equal shares."""
+
+    def __init__(self, output_size):
+        super().__init__()
+        self.output_size = output_size
+
+    def forward(self, x):
+        return pg.adaptive_avg_pool2d(x, self.output_size)
+
+    def extra_repr(self):
+        return f"{self.output_size}"
 
 
 class BatchNorm(Module):
@@ -315,7 +401,8 @@ class BatchNorm(Module):
         dims = (0, *range(2, x.ndim))
         shape = (-1,) + (1,) * (x.ndim - 2)
         if self.training:
-            self._track(x, dims)
+            if not Modes.recomputing:  # the second run of a checkpoint sees the same batch again
+                self._track(x, dims)
             normed = pg.standardize(x, dims, self.eps)
         else:
             scale = (self.running_var + self.eps) ** -0.5
@@ -327,9 +414,9 @@ class BatchNorm(Module):
         if n < 2 or x.hidden:
             why = "training inside vmap: call eval()" if x.hidden else "one value per channel"
             raise ShapeError(f"BatchNorm: {why}, shape {x.shape}")
-        new = (x.data.mean(dims), x.data.var(dims) * (n / (n - 1)))
+        new = (x.array.mean(dims), x.array.var(dims) * (n / (n - 1)))
         for old, value in zip((self.running_mean, self.running_var), new, strict=True):
-            old.copy_(Tensor((1 - self.momentum) * old.data + self.momentum * value))
+            old.copy_(Tensor((1 - self.momentum) * old.array + self.momentum * value))
         self.num_batches_tracked.add_(1)
 
     def extra_repr(self):
@@ -409,7 +496,7 @@ class Embedding(Module):
     def forward(self, index):
         index = as_tensor(index)
         n = self.weight.shape[0]
-        bad = index.data[(index.data < 0) | (index.data >= n)]
+        bad = index.array[(index.array < 0) | (index.array >= n)]
         if bad.size:
             raise IndexError(f"Embedding: index {bad[0]} outside the table of {n} rows")
         return self.weight[index]
@@ -433,54 +520,115 @@ class Dropout(Module):
 
 
 class Function(Module):
-    """A layer without parameters around a function of one tensor."""
+    """A layer without parameters: a function `f` of n_tensors tensors, with the options of f."""
 
-    def __init__(self, f):
+    f, n_tensors = None, 1
+
+    def __init__(self, *args, **options):
         super().__init__()
-        self.f = f
+        names = getattr(self.f, "arguments", None) or inspect.signature(self.f).parameters
+        names = list(names)[self.n_tensors :]
+        self.options = dict(zip(names, args, strict=False)) | options
+        if len(args) > len(names) or not set(options) <= set(names[len(args) :]):
+            raise TypeError(f"{type(self).__name__}{(*args, *options)}: its options are {names}")
 
-    def forward(self, x):
-        return self.f(x)
+    def forward(self, *tensors):
+        return self.f(*tensors, **self.options)
 
     def extra_repr(self):
-        return getattr(self.f, "__name__", "") or self.f.name
+        return ", ".join(f"{name}={value}" for name, value in self.options.items())
 
 
-def ReLU():
-    return Function(pg.relu)
+class Identity(Function):
+    """x itself."""
+
+    f = staticmethod(lambda x: x)
 
 
-def Tanh():
-    return Function(pg.tanh)
+class ReLU(Function):
+    """max(x, 0)."""
+
+    f = staticmethod(pg.relu)
 
 
-def GELU():
-    return Function(gelu)
+class LeakyReLU(Function):
+    """x for x > 0, else negative_slope·x; Maas et al. 2013."""
+
+    f = staticmethod(pg.leaky_relu)
 
 
-def Flatten():
+class Sigmoid(Function):
+    """1/(1 + e⁻ˣ)."""
+
+    f = staticmethod(pg.sigmoid)
+
+
+class Tanh(Function):
+    """tanh x."""
+
+    f = staticmethod(pg.tanh)
+
+
+class SiLU(Function):
+    """x·σ(x); Elfwing et al. 2017 (arXiv:1702.03118)."""
+
+    f = staticmethod(pg.silu)
+
+
+class GELU(Function):
+    """x·Φ(x), exact, or GELU(approximate="tanh")."""
+
+    f = staticmethod(pg.gelu)
+
+
+class Softplus(Function):
+    """ln(1 + eˣ)."""
+
+    f = staticmethod(pg.softplus)
+
+
+class Softmax(Function):
+    """eˣ / Σ eˣ along dim."""
+
+    f = staticmethod(pg.softmax)
+
+
+class LogSoftmax(Function):
+    """x − ln Σ eˣ along dim."""
+
+    f = staticmethod(pg.log_softmax)
+
+
+class Flatten(Function):
     """(N, …) → (N, everything else)."""
-    return Function(lambda x: x.flatten(1))
+
+    f = staticmethod(lambda x, start_dim=1, end_dim=-1: x.flatten(start_dim, end_dim))
 
 
-def scaled_dot_product_attention(q, k, v, mask=None, causal=False):
+def scaled_dot_product_attention(q, k, v, attn_mask=None, is_causal=False):
     """softmax(q·kᵀ/√D)·v, Vaswani et al. 2017 (arXiv:1706.03762), Eq. 1.
 
-    q (…, T, D), k, v (…, S, D). mask: boolean, broadcastable to (…, T, S), True = may look.
+    q (…, T, D), k, v (…, S, D). attn_mask, broadcastable to (…, T, S): booleans, True = may look,
+    or numbers to be added to q·kᵀ/√D. is_causal: position t looks at s ≤ t only. A row that may
+    look nowhere gives 0, as in torch.
     """
-    scores = (q @ k.mT) * (1 / math.sqrt(q.shape[-1]))  # (…, T, S)
-    if causal:
-        seen = np.tri(*scores.shape[-2:], dtype=bool)
-        mask = seen if mask is None else as_tensor(mask) & Tensor(seen)
-    if mask is not None:
-        scores = where(mask, scores, -np.inf)
-    return softmax(scores, -1) @ v
+    scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.mT  # (…, T, S)
+    allowed = None if attn_mask is None else as_tensor(attn_mask)
+    if allowed is not None and allowed.dtype != bool:
+        scores, allowed = scores + where(allowed > -np.inf, allowed, 0.0), allowed > -np.inf
+    if is_causal:
+        seen = Tensor(np.tri(*scores.shape[-2:], dtype=bool))
+        allowed = seen if allowed is None else allowed & seen
+    weights = softmax(scores, -1) if allowed is None else pg.masked_softmax(scores, allowed)
+    return weights @ v
 
 
 class MultiHeadAttention(Module):
     """Attention in `num_heads` subspaces, §3.2.2 of the same paper; torch's MultiheadAttention.
 
-    query (N, T, D), key and value (N, S, D), by default the query itself; → (N, T, D).
+    query (N, T, D), key and value (N, S, D), by default the query itself; → (N, T, D). Masks mean
+    what they mean in torch's module: attn_mask (T, S) or (N·num_heads, T, S) with True = may NOT
+    look (or numbers to add), key_padding_mask (N, S) with True = this key does not count.
     """
 
     def __init__(self, embed_dim, num_heads):
@@ -491,9 +639,10 @@ class MultiHeadAttention(Module):
         self.in_proj_weight = _uniform(math.sqrt(6 / (4 * embed_dim)), 3 * embed_dim, embed_dim)
         self.in_proj_bias = Parameter(np.zeros(3 * embed_dim, np.float32))
         self.out_proj = Linear(embed_dim, embed_dim)
-        self.out_proj.bias.data[:] = 0.0
+        self.out_proj.bias.array[:] = 0.0
 
-    def forward(self, query, key=None, value=None, mask=None, causal=False):
+    def forward(self, query, key=None, value=None, key_padding_mask=None, attn_mask=None,
+                is_causal=False):  # fmt: skip
         if key is None:
             parts = linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
         else:
@@ -501,11 +650,26 @@ class MultiHeadAttention(Module):
             weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
             parts = [linear(*a) for a in zip(inputs, weights, biases, strict=True)]
         q, k, v = (self._split(p) for p in parts)
-        out = scaled_dot_product_attention(q, k, v, mask, causal)  # (N, heads, T, D/heads)
+        mask = self._mask(key_padding_mask, attn_mask, len(query))
+        out = scaled_dot_product_attention(q, k, v, mask, is_causal)  # (N, heads, T, D/heads)
         return self.out_proj(out.transpose(1, 2).reshape(query.shape))
 
     def _split(self, x):
         return x.reshape(*x.shape[:2], self.num_heads, x.shape[2] // self.num_heads).transpose(1, 2)
+
+    def _mask(self, padding, mask, n):
+        """Both masks as one that scaled_dot_product_attention understands: True = may look."""
+        if mask is not None:
+            mask = as_tensor(mask)
+            if mask.ndim == 3:
+                mask = mask.reshape(n, self.num_heads, *mask.shape[1:])
+            mask = ~mask if mask.dtype == bool else mask
+        if padding is None:
+            return mask
+        counts = ~as_tensor(padding)[:, None, None]
+        if mask is None or mask.dtype == bool:
+            return counts if mask is None else mask & counts
+        return where(counts, mask, -np.inf)
 
 
 class _Cell(Module):
@@ -540,6 +704,13 @@ class RNNCell(_Cell):
         return (a + b).tanh()
 
 
+def lstm_step(gates, c):
+    """i, f, o = σ(…), g = tanh(…) of the blocks of `gates`; c' = f·c + i·g; h' = o·tanh(c')."""
+    i, f, g, o = gates.chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
 class LSTMCell(_Cell):
     """i, f, o = σ(…), g = tanh(…); c' = f·c + i·g; h' = o·tanh(c'). Gers et al. 2000."""
 
@@ -549,9 +720,42 @@ class LSTMCell(_Cell):
     def forward(self, x, state=None):
         h, c = (self.start(x), self.start(x)) if state is None else state
         a, b = self.both(x, h)
-        i, f, g, o = (a + b).chunk(4, 1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+        return lstm_step(a + b, c)
+
+
+class LSTM(Module):
+    """Layers of LSTM cells run over time: (T, N, D) → (T, N, H), ((layers, N, H), (layers, N, H)).
+
+    batch_first: (N, T, D) → (N, T, H). state: (h, c) of every layer to start from, else zeros.
+    """
+
+    def __init__(self, input_size, hidden_size, num_layers=1, batch_first=False):
+        super().__init__()
+        self.hidden_size, self.num_layers, self.batch_first = hidden_size, num_layers, batch_first
+        bound, width = 1 / math.sqrt(hidden_size), input_size
+        for k in range(num_layers):
+            setattr(self, f"weight_ih_l{k}", _uniform(bound, 4 * hidden_size, width))
+            setattr(self, f"weight_hh_l{k}", _uniform(bound, 4 * hidden_size, hidden_size))
+            setattr(self, f"bias_ih_l{k}", _uniform(bound, 4 * hidden_size))
+            setattr(self, f"bias_hh_l{k}", _uniform(bound, 4 * hidden_size))
+            width = hidden_size
+
+    def forward(self, x, state=None):
+        x, ends = x.transpose(0, 1) if self.batch_first else x, []
+        for k in range(self.num_layers):
+            start = pg.zeros(x.shape[1], self.hidden_size, dtype=x.dtype)
+            x, end = self._layer(k, x, (start, start) if state is None else [s[k] for s in state])
+            ends.append(end)
+        x = x.transpose(0, 1) if self.batch_first else x
+        return x, tuple(stack(part) for part in zip(*ends, strict=True))
+
+    def _layer(self, k, x, state):
+        w_ih, w_hh, b_ih, b_hh = list(self._parameters.values())[4 * k : 4 * k + 4]
+        own, outputs, (h, c) = linear(x, w_ih, b_ih), [], state  # all times in one product
+        for gates in own:
+            h, c = lstm_step(gates + linear(h, w_hh, b_hh), c)
+            outputs.append(h)
+        return stack(outputs), (h, c)
 
 
 class GRUCell(_Cell):
@@ -590,10 +794,10 @@ def cross_entropy(logits, target, ignore_index=-100, label_smoothing=0.0, reduct
         raise ShapeError(f"cross_entropy: shapes {logits.shape} and {target.shape}")
     x = logits.permute(0, *range(2, logits.ndim), 1) if logits.ndim > 2 else logits
     used = target != ignore_index
-    bad = target.data[used.data & ((target.data < 0) | (target.data >= x.shape[-1]))]
+    bad = target.array[used.array & ((target.array < 0) | (target.array >= x.shape[-1]))]
     if bad.size:
         raise IndexError(f"cross_entropy: target {bad[0]} of {x.shape[-1]} classes")
-    ignored = not used.data.all()
+    ignored = not used.array.all()
     rows = pg.cross_entropy_rows(x, where(used, target, 0) if ignored else target)
     if label_smoothing:
         uniform = pg.logsumexp(x, -1) - x.mean(-1)
@@ -625,6 +829,18 @@ def binary_cross_entropy_with_logits(x, y, reduction="mean"):
     """−y·log σ(x) − (1 − y)·log(1 − σ(x)) = softplus(x) − x·y, for y in [0, 1]."""
     _same(x, y, "binary_cross_entropy_with_logits")
     return _reduce(pg.softplus(x) - x * y, reduction)
+
+
+def _loss(f):
+    """The loss function f as a layer, f's options at the making: MSELoss(reduction="sum")(x, y)."""
+    return type(
+        f.__name__, (Function,), {"f": staticmethod(f), "n_tensors": 2, "__doc__": f.__doc__}
+    )
+
+
+MSELoss, L1Loss, CrossEntropyLoss, BCEWithLogitsLoss = (
+    _loss(f) for f in (mse_loss, l1_loss, cross_entropy, binary_cross_entropy_with_logits)
+)
 
 
 def unroll(cell, xs, state=None):

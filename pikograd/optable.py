@@ -47,6 +47,7 @@ UNARY = {
     "neg": "real", "exp": "real", "log": "positive", "log1p": "positive", "sqrt": "positive",
     "sin": "real", "cos": "real", "tanh": "real", "sigmoid": "real", "softplus": "real",
     "relu": "nonzero", "abs": "nonzero", "square": "real", "silu": "real",
+    "gelu": "real", "erf": "real",
 }  # fmt: skip
 
 BINARY = {"add": "real", "sub": "real", "mul": "real", "div": "nonzero"}
@@ -61,7 +62,10 @@ CASES = (
     _case("sub scalar", lambda F, x: 2.0 - x, "real"),
     _case("div scalar", lambda F, x: 3.0 / x, "nonzero"),
     _case("div broadcast", lambda F, x, y: x / y, ("real", (3,)), ("nonzero", (2, 1))),
-    _case("gelu", lambda F, x: F.gelu_tanh(x), "real"),
+    _case("gelu tanh", lambda F, x: F.gelu_tanh(x), "real"),
+    _case("leaky_relu", lambda F, x: F.leaky_relu(x, 0.2), "nonzero"),
+    _case("remainder", lambda F, x, y: x % (y * 3), "positive", "positive"),
+    _case("sign", lambda F, x: F.sign(x) * x + F.floor(x) * x, "nonzero"),
     _case("pow 2", lambda F, x: x**2, "real"),
     _case("pow 3", lambda F, x: x**3, "real"),
     _case("pow 0", lambda F, x: x**0, "real"),
@@ -88,7 +92,14 @@ CASES = (
     _case("min dim", lambda F, x: F.min(x * 3, dim=0, keepdim=True)[0], ("distinct", (2, 3))),
     _case("logsumexp", lambda F, x: F.logsumexp(x, dim=1), "real"),
     _case("logsumexp all", lambda F, x: F.logsumexp(x, dim=(0, 1), keepdim=True), "real"),
+    _case("prod", lambda F, x: F.prod(x), ("nonzero", (5,))),
+    _case("prod dim", lambda F, x: F.prod(x, dim=1), ("nonzero", (2, 5))),
+    _case("norm", lambda F, x: F.norm(x), "real"),
+    _case("norm 3", lambda F, x: F.norm(x, p=3, dim=1, keepdim=True), "nonzero"),
+    _case("norm inf", lambda F, x: F.norm(x, p=float("inf"), dim=0), ("distinct", (3, 2))),
     _case("softmax", lambda F, x: F.softmax(x, dim=0), "real"),
+    _case("masked_softmax", lambda F, x: F.softmax(x.masked_fill(x > 1, float("-inf")), dim=-1),
+          ("distinct", (3, 4))),
     _case("log_softmax", lambda F, x: F.log_softmax(x, dim=-1), "real"),
     _case("cross_entropy", lambda F, x: F.cross_entropy(x, _index(F, [2, 0])), "real"),
     _case("layer_norm", lambda F, x: F.layer_norm(x, (3, 2), eps=1e-2), ("real", (2, 3, 2))),
@@ -120,13 +131,16 @@ CASES = (
     _case("split", lambda F, x: F.split(x * x, 2, dim=1)[1] * 2, ("real", (2, 5))),
     _case("chunk", lambda F, x: F.chunk(x * x, 2, dim=1)[1], ("real", (2, 5))),
     _case("pad", lambda F, x: F.pad(x * x, (1, 2, 0, 1), value=3.0), "real"),
-    _case("flip", lambda F, x: (x * x).flip(0), "real"),
+    _case("flip", lambda F, x: (x * x).flip(0, 1), "real"),
+    _case("contiguous", lambda F, x: (x * x).mT.contiguous().view(6), "real"),
     _case("tril", lambda F, x: F.tril(x * x, -1) + F.triu(x, 1), ("real", (3, 3))),
     _case("slice", lambda F, x: (x * x)[1:, ..., 0::2], ("real", (3, 2, 4))),
     _case("integer", lambda F, x: (x * x)[1, None, 0], ("real", (3, 2, 4))),
     _case("rows", lambda F, x: (x * x)[_index(F, [[2, 0], [2, 2]])], ("real", (3, 2))),
     _case("pairs", lambda F, x: (x * x)[_index(F, [0, 2, 0]), _index(F, [1, 1, 1])],
           ("real", (3, 2))),
+    _case("integer, slice, array", lambda F, x: (x * x)[1, :, _index(F, [0, 3, 0])],
+          ("real", (2, 3, 4))),
     _case("mask", lambda F, x: (x * x)[x > 0], "nonzero"),
     _case("gather", lambda F, x: F.gather(x * x, 1, _index(F, [[2, 2], [0, 1]])), "real"),
     _case("scatter", lambda F, x, y: F.scatter(x * x, 1, _index(F, [[2, 0], [0, 1]]), y),
@@ -142,9 +156,18 @@ CASES = (
           IMAGE, KERNEL),
     _case("conv2d bias", lambda F, x, w, b: F.conv2d(x, w, b),
           ("real", (2, 2, 4, 4)), ("real", (3, 2, 2, 2)), ("real", (3,))),
+    _case("conv_transpose2d", lambda F, x, w, b: F.conv_transpose2d(x, w, b, (2, 3), (1, 0),
+                                                                   (1, 0), 2),
+          ("real", (2, 4, 3, 2)), ("real", (4, 3, 2, 3)), ("real", (6,))),
     _case("max_pool1d", lambda F, x: F.max_pool1d(x * 2, 3, 2), ("distinct", (2, 2, 7))),
     _case("max_pool2d", lambda F, x: F.max_pool2d(x * 2, 2), ("distinct", (2, 2, 4, 5))),
     _case("max_pool2d overlap", lambda F, x: F.max_pool2d(x * 2, 3, 1), ("distinct", (1, 2, 4, 5))),
+    _case("max_pool2d padding", lambda F, x: F.max_pool2d(x * 2, 3, 2, 1),
+          ("distinct", (1, 2, 4, 5))),
+    _case("avg_pool2d padding", lambda F, x: F.avg_pool2d(x * x, 3, 2, (1, 0)),
+          ("real", (1, 2, 4, 5))),
+    _case("adaptive_avg_pool2d", lambda F, x: F.adaptive_avg_pool2d(x * x, (3, 2)),
+          ("real", (1, 2, 4, 5))),
     _case("avg_pool1d", lambda F, x: F.avg_pool1d(x * x, 2), ("real", (2, 2, 5))),
     _case("avg_pool2d", lambda F, x: F.avg_pool2d(x * x, (2, 3), (1, 2)), ("real", (1, 2, 3, 5))),
 )  # fmt: skip
@@ -157,6 +180,6 @@ def pikograd_functions():
     import nn
     import tensor
 
-    names = {**vars(tensor), "tensor": tensor.Tensor, "gelu_tanh": tensor.gelu}
+    names = {**vars(tensor), "tensor": tensor.Tensor}
     names |= {"cross_entropy": nn.cross_entropy, "layer_norm": nn.layer_norm, "float64": np.float64}
     return SimpleNamespace(**names)

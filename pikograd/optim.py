@@ -17,7 +17,8 @@ from engine import ShapeError, Tensor
 class Optimizer:
     """Base: parameter groups, state per parameter, state_dict.
 
-    params: tensors, or dicts {"params": tensors, "lr": …} whose options override the defaults.
+    params: tensors, or dicts {"params": tensors, "lr": …} whose options override the defaults;
+    they are kept in `param_groups`, whose numbers may be changed at any time.
     A subclass names its `slots` (arrays of the parameter's shape, zero at first) and writes
     `update(x, g, s, o, t)`: arrays x, g, slots and scratch s, options o. It must leave g as it is.
     """
@@ -29,8 +30,8 @@ class Optimizer:
         if not params:
             raise ValueError("optimizer: no parameters given")
         groups = params if isinstance(params[0], dict) else [{"params": params}]
-        self.groups = [defaults | g | {"params": list(g["params"])} for g in groups]
-        for group in self.groups:
+        self.param_groups = [defaults | g | {"params": list(g["params"])} for g in groups]
+        for group in self.param_groups:
             self._check(group, defaults)
         if len(set(self.parameters())) < len(self.parameters()):
             raise ValueError("optimizer: a parameter is given twice and would be updated twice")
@@ -50,15 +51,15 @@ class Optimizer:
 
     @property
     def lr(self):
-        return self.groups[0]["lr"]
+        return self.param_groups[0]["lr"]
 
     @lr.setter
     def lr(self, value):
-        for group in self.groups:
+        for group in self.param_groups:
             group["lr"] = value
 
     def parameters(self):
-        return [p for group in self.groups for p in group["params"]]
+        return [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self):
         for p in self.parameters():
@@ -67,24 +68,24 @@ class Optimizer:
     def step(self):
         """One update of every parameter that has a gradient."""
         i = -1
-        for group in self.groups:
+        for group in self.param_groups:
             for p in group["params"]:
                 i += 1
                 if p.grad is None:
                     continue
                 s = self.state.get(i) or self._start(i, p)
                 s["step"] += 1
-                self.update(p.data, p.grad.data, s, group, s["step"])
+                self.update(p.array, p.grad.array, s, group, s["step"])
                 p.bump(f"{type(self).__name__}.step")
 
     def _start(self, i, p):
         names = (*self.slots, "scratch")
-        self.state[i] = {"step": 0} | {name: np.zeros_like(p.data) for name in names}
+        self.state[i] = {"step": 0} | {name: np.zeros_like(p.array) for name in names}
         return self.state[i]
 
     def state_dict(self):
         """All that is needed to go on exactly: options and slots, under flat names."""
-        out = {f"group{k}.{n}": v for k, g in enumerate(self.groups) for n, v in g.items()
+        out = {f"group{k}.{n}": v for k, g in enumerate(self.param_groups) for n, v in g.items()
                if n != "params"}  # fmt: skip
         for i, s in self.state.items():
             out |= {f"{i}.{name}": s[name] for name in ("step", *self.slots)}
@@ -97,7 +98,7 @@ class Optimizer:
             where, _, key = name.partition(".")
             if where.startswith("group"):
                 value = np.asarray(value).tolist()
-                self.groups[int(where[5:])][key] = (
+                self.param_groups[int(where[5:])][key] = (
                     tuple(value) if isinstance(value, list) else value
                 )
                 continue
@@ -212,7 +213,11 @@ class Adam(Optimizer):
 
 
 class AdamW(Adam):
-    """x ← x − ηλx, then Adam without λ. Loshchilov & Hutter 2019 (arXiv:1711.05101), Alg. 2."""
+    """x ← x − ηλx, then Adam without λ. Loshchilov & Hutter 2019 (arXiv:1711.05101), Alg. 2.
+
+    As in torch the weights shrink by the factor 1 − lr·λ a step. The paper shrinks them by 1 − η·λ,
+    where η is the schedule alone, without the base learning rate: its λ is lr times ours.
+    """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2):
         super().__init__(params, lr, betas, eps, weight_decay)
@@ -244,7 +249,10 @@ class Muon(Optimizer):
     """b ← μb + (1 − μ)g;  O = orthogonalize(g + μ(b − g), Nesterov, or b);
     x ← x − ηλx;  x ← x − η·√max(1, rows/columns)·O. Matrices only.
 
-    Jordan et al. 2024, kellerjordan.github.io/posts/muon; defaults and order as torch.optim.Muon.
+    Jordan et al. 2024, kellerjordan.github.io/posts/muon; defaults and order as torch.optim.Muon,
+    which rounds to bfloat16 in `orthogonalize`: here it is done in the dtype of x. Ten steps with
+    lr 0.02 therefore end within a few 1e-3 of torch's, and within 1e-12 of torch's without rounding
+    (both tested).
     """
 
     slots = ("mean",)
@@ -288,10 +296,10 @@ def clip_grad_norm_(params, max_norm):
     Returns the norm before. Pascanu et al. 2013 (arXiv:1211.5063), Alg. 1.
     """
     found = [p.grad for p in params if p.grad is not None]
-    norm = math.sqrt(sum(float(np.vdot(g.data, g.data)) for g in found))
+    norm = math.sqrt(sum(float(np.vdot(g.array, g.array)) for g in found))
     if max_norm / (norm + 1e-6) < 1:
         for g in found:
-            g.data *= max_norm / (norm + 1e-6)
+            g.array *= max_norm / (norm + 1e-6)
             g.bump("clip_grad_norm_")
     return norm
 
@@ -300,7 +308,7 @@ def clip_grad_value_(params, limit):
     """Clip every element of every gradient to ±limit."""
     for p in params:
         if p.grad is not None:
-            np.clip(p.grad.data, -limit, limit, out=p.grad.data)
+            np.clip(p.grad.array, -limit, limit, out=p.grad.array)
             p.grad.bump("clip_grad_value_")
 
 
@@ -338,10 +346,10 @@ class Schedule:
 
     def __init__(self, optimizer, factor):
         self.optimizer, self.factor, self.t = optimizer, factor, -1
-        self.base = [group["lr"] for group in optimizer.groups]
+        self.base = [group["lr"] for group in optimizer.param_groups]
         self.step()
 
     def step(self):
         self.t += 1
-        for group, base in zip(self.optimizer.groups, self.base, strict=True):
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             group["lr"] = base * self.factor(self.t)

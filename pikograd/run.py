@@ -1,105 +1,43 @@
-"""What every training script needs and no reader came for, on numpy alone.
+"""Runs: a directory each, in which every file is there whole or not at all.
 
-    options      dataclass fields become command-line flags    option, add_options, from_options
-    complaints   one line on stderr and exit code 2             UserError, command_line
-    files        a file is there whole or not at all            whole_file, RunDirectory
-    weights      safetensors, read and written here             save_tensors, load_tensors
-    stopping     Ctrl-C ends the step that runs, then saves     ctrl_c
+    read_json      the one reader of JSON, for files that anybody may have written
+    whole_file     a file that appears in one step, or never
+    RunDirectory   what a run leaves behind; a former run is kept, and nothing else is ever harmed
+    stop_signals   Ctrl-C ends the step that runs, then saves
 
-Nothing in here knows a model. The siblings' run.py has the same names and manners with torch.
+This file is the same in every folder of Piko. It imports numpy, filelock and the standard library,
+and nothing in it knows a model.
 """
 
-import argparse
 import contextlib
-import dataclasses
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import signal
-import struct
-import sys
-import types
-import typing
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 
+from options import UserError, rank_asked, say
 
-class UserError(Exception):
-    """Something that the user can mend. The message names the thing and the mend in one line."""
-
-
-def say(text=""):
-    """Print to stderr: stdout is for results alone."""
-    print(text, file=sys.stderr, flush=True)
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json that we know has 35 million
 
 
-def command_line(main):
-    """Run `main()` and exit: 0, or 2 after one line for a UserError, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # Windows consoles are not UTF-8 by default
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our stdout left, as in `main.py --sample | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (UserError, OSError) as error:  # OSError: a full disk, a directory that went away
-        say("error: " + " ".join(str(error).split()))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-# options
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that complains like everything else here: one line, exit code 2."""
-
-    def error(self, message):
-        raise UserError(f"{message} (`python main.py` lists the options)")
-
-
-def option(default, help, choices=None):
-    """A dataclass field that is also a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-def add_options(parser, config):
-    """A flag for each field of the dataclass `config`; none has a default."""
-    group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-    for field in dataclasses.fields(config):
-        kind = field.type
-        if isinstance(kind, types.UnionType):  # int | None
-            kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-        choices = field.metadata["choices"]
-        how = {"choices": choices} if choices else {"metavar": kind.__name__.upper()}
-        default = "by model" if field.default is None else field.default
-        text = f"{field.metadata['help']} (default {default})".replace("%", "%%")
-        flag = "--" + field.name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, help=text, **how)
-
-
-def given(args, config):
-    """The fields of the dataclass `config` that stand on the command line."""
-    names = {field.name for field in dataclasses.fields(config)}
-    return {name: value for name, value in vars(args).items() if name in names}
-
-
-def from_options(base, args):
-    """The dataclass `base` with what stands on the command line; UserError if it cannot be."""
-    try:
-        return dataclasses.replace(base, **given(args, type(base)))
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-# files
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
-def whole_file(path):
-    """Yield a temporary path beside `path` that becomes `path` in one step, on disk, or never."""
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` in one step, on disk, or never.
+
+    UserError where it cannot be written, say because the disk is full.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
@@ -107,152 +45,257 @@ def whole_file(path):
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
-def write_json(path, value):
-    """Write `value` as JSON, whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
     with whole_file(path) as part:
-        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
-def read_json(path):
-    """The object in a JSON file. UserError if there is none."""
+def write_json(path: Path, value) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, optional: bool = False) -> dict:
+    """The object in a JSON file; {} if it is optional and not there. UserError if it is unfit."""
     try:
+        if optional and not path.exists():
+            return {}
+        if not path.is_file():
+            raise UserError(f"{path} is missing or no file")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON:,} bytes: that is no config")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path} is missing: give a run directory") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is not readable JSON ({type(error).__name__})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, 5,000 digits, 5,000 levels
+        raise UserError(f"{path} is damaged or no JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no JSON object")
     return value
 
 
-DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-def save_tensors(path, arrays, metadata=None):
-    """Write name → array in the safetensors format, whole or not at all.
-
-    Format (github.com/huggingface/safetensors): the length of the header as 8 little-endian bytes,
-    a JSON header name → {dtype, shape, data_offsets}, then the bytes of all arrays.
-    """
-    header, at = {"__metadata__": metadata} if metadata else {}, 0
-    for name, a in arrays.items():
-        header[name] = {
-            "dtype": CODES[a.dtype],
-            "shape": a.shape,
-            "data_offsets": [at, at + a.nbytes],
-        }
-        at += a.nbytes
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as part, open(part, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for a in arrays.values():
-            file.write(np.ascontiguousarray(a).tobytes())
-
-
-def load_tensors(path):
-    """(name → array, metadata) of a safetensors file. UserError if missing or damaged."""
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        raise UserError(
-            f"{path} is missing or unreadable: train first, or give --weights"
-        ) from None
-    try:
-        (size,) = struct.unpack("<Q", raw[:8])
-        header = json.loads(raw[8 : 8 + size])
-        metadata, body, arrays = header.pop("__metadata__", {}), raw[8 + size :], {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            array = np.frombuffer(body[first:last], DTYPES[entry["dtype"]])
-            arrays[name] = array.reshape(entry["shape"]).copy()
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        raise UserError(f"{path} is damaged or no safetensors file of float32/64, int64") from None
-    return arrays, metadata
+# ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class RunDirectory:
-    """The files of one run.
+    """The directory of one run. Only rank 0 writes.
 
-    config.json              what was run, with the versions it ran on
-    log.jsonl                a line for each logged step
-    model.safetensors        the weights of the last step
-    checkpoint.safetensors   everything to go on from: weights, optimizer, random generator, step
+    config.json         what was run, with the versions of Python and of the libraries
+    log.jsonl           a line for each logged step
+    model.safetensors   the weights that were best on the validation part
+    checkpoint.pt       everything to go on from
     """
 
-    def __init__(self, path):
-        self.path = Path(path)
+    RESULTS = ("model.safetensors", "checkpoint.*")
+    FILES = (  # what runs leave; a directory with other things in it is never deleted
+        "config.json", "log.jsonl", "*.safetensors", "checkpoint.*", "*.bin", "*.npz", "*.model",
+        "tokenizer*.json", "tokens.json", "alphabet.json", "samples.*", "figures/*.png", ".*.part",
+    )  # fmt: skip
+
+    def __init__(self, path: str | Path, results: tuple[str, ...] = RESULTS):
+        """results: patterns of what makes a run worth keeping when another takes its place."""
+        if not str(path).strip() or not Path(os.path.abspath(path)).name:
+            raise UserError("--out needs the name of a directory")
+        self.path, self.results = Path(os.path.abspath(path)), results
         self.config, self.log_file = self.path / "config.json", self.path / "log.jsonl"
-        self.weights = self.path / "model.safetensors"
-        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.weights, self.checkpoint = self.path / "model.safetensors", self.path / "checkpoint.pt"
+        self.writes = rank_asked() == 0
 
-    def start(self):
-        """Make the directory and forget the run that it held before."""
+    @property
+    def previous(self) -> Path:
+        """Where the former run is kept."""
+        return self.path.with_name(self.path.name + ".previous")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who writes to this run; sweep up what a killed one left half written.
+
+        UserError if another training writes there.
+        """
+        if not self.writes:
+            yield
+            return
+        with only_writer(self.path):
+            self.sweep()
+            yield
+
+    def sweep(self) -> None:
+        """Delete what `create` and `whole_file` of a killed process left half done."""
+        half_done = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.(new|old)")
+        for left in self.path.parent.iterdir():
+            if half_done.fullmatch(left.name):
+                remove_tree(left)
+        for part in self.path.iterdir() if is_run(self.path) else []:
+            if re.fullmatch(r"\..+\.\d+\.part", part.name):
+                part.unlink()
+
+    def refuse_what_is_not_ours(self) -> None:
+        """UserError if a new run could not take this place without harm to something else."""
+        for path in (self.path, self.previous):
+            if os.path.lexists(path) and not is_run(path):
+                raise UserError(f"--out: {path} exists and is no run: choose another name")
+        if os.path.lexists(self.path) and (found := self.not_ours(self.to_be_deleted())):
+            raise UserError(f"{found.parent} is to be replaced, but holds {found.name}: move it")
+
+    def to_be_deleted(self) -> Path:
+        """The former run if it has no result yet, else the one before it."""
+        has_result = any(list(self.path.glob(pattern)) for pattern in self.results)
+        return self.previous if has_result else self.path
+
+    def not_ours(self, folder: Path) -> Path | None:
+        """A file in `folder` that no run left there."""
+        ours = {file for pattern in self.FILES for file in folder.glob(pattern)}
+        files = {file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+        return min(files - ours, default=None)
+
+    def create(self, config: dict, fill: Callable[[Path], None] = lambda folder: None) -> None:
+        """Begin a new run: config.json, an empty log and what `fill(folder)` writes.
+
+        All of it is written beside and takes its place in one step. If anything fails before that,
+        nothing has changed. A former run in this place is kept, once, as `previous`.
+        """
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        old = new.with_suffix(".old")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            for file in (self.checkpoint, self.weights, self.log_file, *self.path.glob(".*.part")):
-                file.unlink(missing_ok=True)
-            self.log_file.touch()
-        except OSError as error:
-            raise UserError(f"cannot write a run to --out {self.path}: {error.strerror}") from None
+            new.mkdir(parents=True)
+            RunDirectory(new).save_config(config)
+            (new / "log.jsonl").touch()
+            fill(new)
+            self.refuse_what_is_not_ours()
+            if os.path.lexists(self.path):
+                with only_writer(self.previous):
+                    self.make_room(old)
+            os.rename(new, self.path)
+        finally:
+            for left in (new, old):
+                if os.path.lexists(left):
+                    remove_tree(left)
 
-    def save_config(self, config):
+    def make_room(self, old: Path) -> None:
+        """Move the former run to `previous`, and the one before it, or one without result, away."""
+        outdated = self.to_be_deleted()
+        if os.path.lexists(outdated):
+            os.rename(outdated, old)
+        if outdated == self.previous:
+            os.rename(self.path, self.previous)
+            say(f"the former run in {self.path} is kept as {self.previous}")
+
+    def save_config(self, config: dict) -> None:
         """Write config.json: `config` and the versions it runs on."""
         versions = {"python": platform.python_version(), "numpy": np.__version__}
-        write_json(self.config, config | {"versions": versions | {"platform": platform.platform()}})
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["torch"] = importlib.metadata.version("torch")
+        versions["platform"] = platform.platform()
+        write_json(self.config, config | {"versions": versions})
 
-    def log(self, **line):
+    def log(self, **line) -> None:
         """Append one line of numbers to log.jsonl."""
-        with open(self.log_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        if not self.writes:
+            return
+        try:
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror}") from None
 
-    def history(self, before=float("inf")):
-        """The logged lines up to step `before`; later ones, and a line cut short, are dropped."""
-        kept = []
+    def history(self) -> list[dict]:
+        """The logged lines. What is no line of ours, such as one cut short, is passed over."""
+        lines = []
         if self.log_file.exists():
             for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    kept += [line] if (line := json.loads(text))["step"] <= before else []
-        if before != float("inf"):
-            with whole_file(self.log_file) as part:
-                part.write_text("".join(json.dumps(x) + "\n" for x in kept), encoding="utf-8")
-        return kept
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and type(line.get("step")) is int:
+                        lines += [line] if isinstance(line.get("split"), str) else []
+        return lines
 
-    def load_checkpoint(self):
-        """(arrays, metadata) of the checkpoint. UserError if there is none."""
-        if not self.checkpoint.exists():
-            raise UserError(f"nothing to resume in {self.path}: no checkpoint there, train first")
-        return load_tensors(self.checkpoint)
-
-
-def newest_run(folder):
-    """The run directories below `folder` that hold weights, newest first."""
-    found = folder.glob("*/model.safetensors")
-    return [f.parent for f in sorted(found, key=lambda f: f.stat().st_mtime, reverse=True)]
-
-
-# stopping
+    def truncate_log(self, step: int) -> None:
+        """Forget the lines after `step`: a resumed run will write them again."""
+        if self.writes:
+            kept = [line for line in self.history() if line["step"] <= step]
+            write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextlib.contextmanager
-def ctrl_c():
-    """Yield a function that says whether Ctrl-C or a polite kill came; a second ends at once."""
-    asked = []
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory. UserError if somebody else does."""
+    real = Path(os.path.realpath(path))  # one lock, whatever link leads there
+    real.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another training writes to {path}: take another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_run(path: Path) -> bool:
+    """Is this the directory of a run, to judge by its config.json?"""
+    with contextlib.suppress(UserError):
+        return {"train", "versions"} <= read_json(path / "config.json").keys()
+    return False
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, or the link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def newest_run(folder: Path, result: str = "model.safetensors") -> Path | None:
+    """The run below `folder` whose `result` is the newest."""
+    found = [file for file in folder.glob(f"*/{result}") if not file.parent.name.startswith(".")]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+
+
+def place_to_export(folder: str) -> Path:
+    """The folder to export to. UserError unless it is new or empty: nothing is written over."""
+    path = Path(os.path.abspath(folder))
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"--export {folder}: name a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--export {folder}: there is something in it; name a new folder")
+    if any(is_run(parent) for parent in path.parents):
+        raise UserError(f"--export {folder}: this is inside of a run; name a new folder elsewhere")
+    return path
+
+
+# ── Stopping ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C, a polite kill or a hang-up of the terminal came.
+
+    The same signal a second time does what it always does: it ends the program at once.
+    """
+    came = []
 
     def note(number, frame):
-        asked.append(number)
-        signal.signal(number, previous[number])
+        came.append(number)
+        signal.signal(number, usual[number])
 
-    previous = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other gets signals
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ()
+    wanted = [
+        getattr(signal, name) for name in names if hasattr(signal, name)
+    ]  # not all on Windows
+    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    usual = {number: signal.signal(number, note) for number in heard}
     try:
-        yield lambda: bool(asked)
+        yield lambda: bool(came)
     finally:
-        for number, handler in previous.items():
+        for number, handler in usual.items():
             signal.signal(number, handler)

@@ -12,7 +12,7 @@ import nn
 import optim
 import tensor as pg
 from optable import CASES, pikograd_functions
-from run import UserError, say
+from options import UserError, say
 from transforms import GradcheckError, gradcheck, gradgradcheck
 from value import Value
 
@@ -59,7 +59,7 @@ def train_step(dtype):
     loss = nn.cross_entropy(net(x), np.arange(16) % 5)
     loss.backward()
     optimizer.step()
-    return loss.item(), np.concatenate([p.data.ravel() for p in net.parameters()])
+    return loss.item(), np.concatenate([p.array.ravel() for p in net.parameters()])
 
 
 def check_formats():
@@ -71,7 +71,7 @@ def check_formats():
     return f"a training step in float32 and float64 agrees to {off:.1e}"
 
 
-def main():
+def main(args=None):
     start = time.perf_counter()
     for check in (check_micrograd, check_formats, check_operations):
         print(f"ok   {check()}")

@@ -1,9 +1,11 @@
-"""Functions of functions: grad, vjp, jvp, hvp, jacobian, hessian, vmap, checkpoint, gradcheck.
+"""Functions of functions: grad, vjp, jvp, hvp, jacobian, hessian, checkpoint, gradcheck.
 
 All are a few lines over the tape, because the walk back is made of tensor operations and can be
 recorded itself. Calling conventions are `torch.func`'s. They nest: hessian(f) is jacobian(grad(f)).
+`vmap` stands in batching.py and can be imported from here as well.
 
-Left out: vmap over a graph recorded outside it, different random numbers per example under vmap.
+    vjp   u ↦ uᵀ·J, what one walk back computes: J holds ∂f_i/∂x_j, u is what comes in at the end
+    jvp   v ↦ J·v, how f moves when x moves along v
 """
 
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 
 import tensor as pg
+from batching import vmap  # noqa: F401  (it belongs to the same family)
 from engine import (
     FLOATS,
     GraphError,
@@ -152,72 +155,6 @@ def hessian(f, argnums=0):
     return jacobian(grad(f, argnums), argnums)
 
 
-# ── vmap ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-@primitive(
-    batch="raw",
-    view=True,
-    x=lambda g, dim, sizes: _leave(g, dim, sizes, g.hidden, len(sizes) - 1),
-)
-def _enter(x, dim, hidden, sizes, level):
-    """Hide axis dim: it becomes hidden axis number `level`, in front; those before get their size,
-    so that a derivative by x has its own value for every example of every level."""
-    x = x.reshape(x.shape[:hidden] + (1,) * (level - 1 - hidden) + x.shape[hidden:])
-    x = np.moveaxis(x, dim, level - 1)
-    return np.broadcast_to(x, sizes + x.shape[level:])
-
-
-@primitive(
-    batch="raw",
-    view=True,
-    x=lambda g, dim, outside, sizes: _enter(g, dim, g.hidden, sizes, outside + 1),
-)
-def _leave(x, dim, sizes, hidden, outside):
-    """Show hidden axis number `outside` + 1 again at dim; a tensor that lacks some is repeated."""
-    x = x.reshape(x.shape[:hidden] + (1,) * (outside + 1 - hidden) + x.shape[hidden:])
-    return np.moveaxis(np.broadcast_to(x, sizes + x.shape[outside + 1 :]), outside, dim)
-
-
-def vmap(f, in_dims=0, out_dims=0):
-    """f for one example becomes f for a batch: the batch axis is hidden from f and put back after.
-
-    in_dims: the axis of each argument that counts the examples; None: the same for all.
-    out_dims: where the axis appears in the result(s). Operations without a batched rule run once
-    per example. Nests with itself and with grad: vmap(grad(loss), (None, 0))(w, x) has a gradient
-    per example.
-    """
-
-    def mapped(*args):
-        dims = in_dims if isinstance(in_dims, tuple) else (in_dims,) * len(args)
-        args = [as_tensor(a) for a in args]
-        sizes = {a.shape[d] for a, d in zip(args, dims, strict=True) if d is not None}
-        if len(sizes) != 1:
-            raise ShapeError(f"vmap: the mapped axes have sizes {sorted(sizes)}, in_dims={in_dims}")
-        (size,) = sizes
-        with Modes.set(vmap_sizes=(*Modes.vmap_sizes, size)):
-            out = f(*[_hide(a, d) for a, d in zip(args, dims, strict=True)])
-            return (
-                tuple(_show(o, out_dims) for o in out)
-                if isinstance(out, (tuple, list))
-                else (_show(out, out_dims))
-            )
-
-    return mapped
-
-
-def _hide(x, dim):
-    sizes = Modes.vmap_sizes
-    if dim is None:
-        x, dim = pg.expand(pg.unsqueeze(x, 0), (sizes[-1], *x.shape)), 0
-    return _enter(x, pg.axis(x, dim), x.hidden, sizes, len(sizes))
-
-
-def _show(x, dim):
-    x, sizes = as_tensor(x), Modes.vmap_sizes
-    return _leave(x, dim % (x.ndim + 1) - x.ndim - 1, sizes, x.hidden, len(sizes) - 1)
-
-
 # ── Recomputation ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -241,7 +178,7 @@ class Segment(Node):
         for x, version in self.versions:
             if x.version[0] != version:
                 self.complain("an argument or a weight", x.shape, x.version)
-        with _rewound(self.state), enable_grad():
+        with _rewound(self.state), Modes.set(recomputing=True, grad_enabled=True):
             out = self.f(*self.args)
         targets = {e for e in self.edges if wanted is None or e in wanted}
         create_graph = Modes.grad_enabled
@@ -303,7 +240,7 @@ def gradcheck(f, inputs, eps=1e-6, atol=1e-7, rtol=1e-6):
         if inputs[i].dtype != FLOATS[1]:
             raise TypeError(f"gradcheck: input {i} is {inputs[i].dtype}, it needs float64")
     for i in checked:
-        rules = jacobian(lambda *a: pg.reshape(f(*a), (-1,)), i)(*inputs).data
+        rules = jacobian(lambda *a: pg.reshape(f(*a), (-1,)), i)(*inputs).array
         numeric = np.moveaxis(_differences(f, inputs, i, eps), 0, -1).reshape(rules.shape)
         wrong = np.abs(rules - numeric) > atol + rtol * np.abs(numeric)
         if wrong.any() or not np.isfinite(rules).all():
@@ -317,7 +254,7 @@ def gradcheck(f, inputs, eps=1e-6, atol=1e-7, rtol=1e-6):
 
 def _differences(f, inputs, i, eps):
     """∂f/∂inputs[i] by central differences, (elements of the input, elements of the output)."""
-    base, rows = inputs[i].data, []
+    base, rows = inputs[i].array, []
     with no_grad():
         for k in range(base.size):
             ends = []
@@ -325,7 +262,7 @@ def _differences(f, inputs, i, eps):
                 moved = base.copy()
                 moved.reshape(-1)[k] += step
                 args = [Tensor(moved) if j == i else x for j, x in enumerate(inputs)]
-                ends.append(f(*args).data.reshape(-1))
+                ends.append(f(*args).array.reshape(-1))
             rows.append((ends[0] - ends[1]) / (2 * eps))
     return np.stack(rows)
 

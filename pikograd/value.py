@@ -41,7 +41,12 @@ class Value:
             )
         if self.data < 0 and power % 1:
             raise ValueError(f"{self.data} ** {power} is not a real number")
-        slope = power * self.data ** (power - 1) if power != 0 else 0.0
+        if power == 0:
+            slope = 0.0
+        elif self.data == 0 and 0 < power < 1:
+            slope = math.inf  # √a is upright at 0
+        else:
+            slope = power * self.data ** (power - 1)
         return Value(self.data**power, (self,), (slope,), f"**{power}")
 
     def relu(self):

@@ -173,7 +173,7 @@ def test_anomaly_in_the_backward_names_the_forward_and_its_line():
     (lambda: pg.ones(2, 3).expand(4, 3), ["expand", "(2, 3)"]),
     (lambda: pg.ones(3).expand(-1, 3), ["expand", "(1, 3)"]),
     (lambda: pg.ones(2, 3).sum((0, -2)), ["dim (0, -2)", "(2, 3)"]),
-    (lambda: Tensor(1.0).softmax(0), ["dim 0", "()"]),
+    (lambda: Tensor(1.0).sum(1), ["dim 1", "()"]),
     (lambda: pg.ones(3).unsqueeze(2), ["unsqueeze", "dim 2", "(3,)"]),
     (lambda: pg.ones(3).narrow(0, 2, 2), ["narrow", "2 to 4", "(3,)"]),
     (lambda: pg.ones(3, 4).gather(1, Tensor([0])), ["gather", "(3, 4)", "(1,)", "as many axes"]),
@@ -191,7 +191,7 @@ def test_anomaly_in_the_backward_names_the_forward_and_its_line():
     (lambda: pg.conv2d(pg.ones(1, 2, 2, 2), pg.ones(4, 2, 3, 3)), ["kernel (3, 3)", "(2, 2)"]),
     (lambda: pg.max_pool2d(pg.ones(1, 1, 2, 2), 3), ["kernel (3, 3)", "(2, 2)"]),
     (lambda: pg.max_pool2d(pg.ones(1, 1, 2, 2), 1, 0), ["stride (0, 0)"]),
-    (lambda: pg.scatter_add(pg.ones(3), 0, Tensor([0]), pg.ones(2)), ["scatter_add", "(2,)"]),
+    (lambda: pg.scatter_add(pg.ones(3), 0, Tensor([0, 1]), pg.ones(1)), ["scatter_add", "(1,)"]),
     (lambda: pg.einsum("ij,jk->ik", pg.ones(2, 3), pg.ones(4, 5)), ["'j' is both 3 and 4"]),
     (lambda: pg.einsum("ij,j->i", pg.ones(2, 3)), ["2 terms for 1"]),
     (lambda: pg.einsum("ii->i", pg.ones(3, 3)), ["'ii'", "(3, 3)"]),
@@ -223,7 +223,7 @@ def test_gradients_into_integers_and_odd_dtypes_are_refused():
 
 def test_values_that_an_operation_cannot_hold_are_refused():
     for make, words in (
-        (lambda: Tensor([1]).add_(0.5), "add_: float64 values into a tensor of int64"),
+        (lambda: Tensor([1]).add_(0.5), "add_: a result of float32 into a tensor of int64"),
         (lambda: pg.where(Tensor([1, 0]), 1.0, 0.0), "mask holds int64"),
         (lambda: pg.one_hot(Tensor([0, 3]), 3), r"outside \[0, 3\)"),
     ):

@@ -43,6 +43,25 @@ LAYERS = {
     "LayerNorm": (nn.LayerNorm((9, 8), eps=1e-2), torch.nn.LayerNorm((9, 8), eps=1e-2), IMAGE),
     "RMSNorm": (nn.RMSNorm(8, eps=1e-2), torch.nn.RMSNorm(8, eps=1e-2), SEQUENCE),
     "GroupNorm": (nn.GroupNorm(2, 4, eps=1e-2), torch.nn.GroupNorm(2, 4, eps=1e-2), IMAGE),
+    "MaxPool2d padding": (nn.MaxPool2d(3, 2, 1), torch.nn.MaxPool2d(3, 2, 1), IMAGE),
+    "MaxPool1d padding": (nn.MaxPool1d(2, 1, 1), torch.nn.MaxPool1d(2, 1, 1), SEQUENCE),
+    "AvgPool2d padding": (nn.AvgPool2d(3, 2, 1), torch.nn.AvgPool2d(3, 2, 1), IMAGE),
+    "AdaptiveAvgPool2d": (nn.AdaptiveAvgPool2d((2, 3)), torch.nn.AdaptiveAvgPool2d((2, 3)), IMAGE),
+    "AdaptiveAvgPool2d larger": (nn.AdaptiveAvgPool2d((12, None)),
+                                 torch.nn.AdaptiveAvgPool2d((12, None)), IMAGE),
+    "ConvTranspose2d": (nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), 1, 1, groups=2),
+                        torch.nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), 1, 1, groups=2), IMAGE),
+    "ConvTranspose2d plain": (nn.ConvTranspose2d(4, 3, 2, bias=False),
+                              torch.nn.ConvTranspose2d(4, 3, 2, bias=False), IMAGE),
+    "Identity": (nn.Identity(), torch.nn.Identity(), X2),
+    "Sigmoid": (nn.Sigmoid(), torch.nn.Sigmoid(), X2),
+    "SiLU": (nn.SiLU(), torch.nn.SiLU(), X2),
+    "LeakyReLU": (nn.LeakyReLU(0.2), torch.nn.LeakyReLU(0.2), X2),
+    "Softplus": (nn.Softplus(), torch.nn.Softplus(), X2),
+    "Softmax": (nn.Softmax(dim=0), torch.nn.Softmax(dim=0), X2),
+    "LogSoftmax": (nn.LogSoftmax(1), torch.nn.LogSoftmax(1), X2),
+    "GELU": (nn.GELU(), torch.nn.GELU(), 3 * X2),
+    "GELU tanh": (nn.GELU(approximate="tanh"), torch.nn.GELU(approximate="tanh"), 3 * X2),
     "Embedding": (nn.Embedding(7, 3), torch.nn.Embedding(7, 3), np.array([[0, 6, 6], [2, 0, 1]])),
     "Sequential": (nn.Sequential(nn.Flatten(), nn.Linear(288, 5), nn.Tanh(), nn.Linear(5, 2)),
                    torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(288, 5), torch.nn.Tanh(),
@@ -107,7 +126,7 @@ def test_attention_equals_torch(causal, cross):
     mask = torch.ones(5, 5, dtype=torch.bool).triu(1) if causal else None
     expected = theirs(t, m, m, attn_mask=mask, need_weights=False)[0]
     assert_same(
-        ours(x, Tensor(memory), causal=causal) if cross else ours(x, causal=causal), expected
+        ours(x, Tensor(memory), is_causal=causal) if cross else ours(x, is_causal=causal), expected
     )
 
 
@@ -115,18 +134,121 @@ def test_attention_mask_and_causality():
     """Torch's scaled_dot_product_attention, and: the future cannot change the past."""
     q, k, v = (RNG.standard_normal((2, 3, 4)) for _ in range(3))
     mask = np.array([[True, False, False], [True, True, False], [False, True, True]])
-    ours = nn.scaled_dot_product_attention(*map(Tensor, (q, k, v)), mask=mask)
+    ours = nn.scaled_dot_product_attention(*map(Tensor, (q, k, v)), attn_mask=mask)
     assert_same(
         ours, TF.scaled_dot_product_attention(*map(torch.tensor, (q, k, v)), torch.tensor(mask))
     )
     both = nn.scaled_dot_product_attention(
-        *map(Tensor, (q, k, v)), mask=mask[0] | True, causal=True
+        *map(Tensor, (q, k, v)), attn_mask=mask[0] | True, is_causal=True
     )
     changed = [a.copy() for a in (k, v)]
     for a in changed:
         a[:, 2] += 5.0
-    after = nn.scaled_dot_product_attention(Tensor(q), *map(Tensor, changed), causal=True)
+    after = nn.scaled_dot_product_attention(Tensor(q), *map(Tensor, changed), is_causal=True)
     np.testing.assert_array_equal(both.numpy()[:, :2], after.numpy()[:, :2])
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_lstm_equals_torch(batch_first, num_layers):
+    ours, theirs = pair(
+        nn.LSTM(8, 4, num_layers, batch_first), torch.nn.LSTM(8, 4, num_layers,
+                                                              batch_first=batch_first)
+    )  # fmt: skip
+    start = RNG.standard_normal((2, num_layers, 3 if batch_first else 5, 4))
+    for state in (None, start):
+        y, (h, c) = ours(Tensor(SEQUENCE), state if state is None else tuple(map(Tensor, state)))
+        s, (u, v) = theirs(
+            torch.tensor(SEQUENCE), state if state is None else tuple(map(torch.tensor, state))
+        )
+        for a, b in ((y, s), (h, u), (c, v)):
+            assert_same(a, b)
+        ours.zero_grad()
+        theirs.zero_grad()
+        (y * y * y).sum().backward()
+        (s * s * s).sum().backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert_same(p.grad, q.grad)
+
+
+MASKS = {
+    "attn": {"attn_mask": np.triu(np.ones((5, 5), bool), 1)},
+    "numbers": {"attn_mask": RNG.standard_normal((5, 5))},
+    "per head": {"attn_mask": np.arange(6 * 25).reshape(6, 5, 5) % 7 == 3},
+    "padding": {"key_padding_mask": np.array([[False] * 4 + [True]] * 2 + [[True] + [False] * 4])},
+    "both": {"attn_mask": np.triu(np.ones((5, 5), bool), 1),
+             "key_padding_mask": np.array([[False] * 4 + [True]] * 3)},
+    "both numbers": {"attn_mask": RNG.standard_normal((5, 5)),
+                     "key_padding_mask": np.array([[False] * 4 + [True]] * 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
+def test_masks_of_the_attention_layer_mean_what_torchs_mean(name):
+    ours, theirs = pair(
+        nn.MultiHeadAttention(8, 2), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    )
+    t = torch.tensor(SEQUENCE)
+    masks = {key: torch.tensor(mask) for key, mask in MASKS[name].items()}
+    assert_same(ours(Tensor(SEQUENCE), **MASKS[name]), theirs(t, t, t, **masks)[0])
+
+
+@pytest.mark.parametrize("kind", ["booleans", "numbers"])
+def test_a_row_that_may_look_nowhere_gives_zero_and_no_nan(kind):
+    mask = np.array([[False, False], [True, False]])
+    mask = mask if kind == "booleans" else np.where(mask, 0.5, -np.inf)
+    a = RNG.standard_normal((1, 2, 4))
+    x, t = Tensor(a, requires_grad=True), torch.tensor(a, requires_grad=True)
+    y = nn.scaled_dot_product_attention(x, x, x, mask)
+    s = TF.scaled_dot_product_attention(t, t, t, torch.tensor(mask))
+    assert_same(y, s)
+    assert y.tolist()[0][0] == [0.0] * 4
+    y.square().sum().backward()
+    s.square().sum().backward()
+    assert_same(x.grad, t.grad)
+
+
+LOSSES = {
+    "MSELoss": (X2, RNG.standard_normal(X2.shape)),
+    "L1Loss": (X2, RNG.standard_normal(X2.shape)),
+    "BCEWithLogitsLoss": (X2, RNG.random(X2.shape)),
+    "CrossEntropyLoss": (X2, np.arange(6) % 8),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_layers_equal_torch(name):
+    x, y = LOSSES[name]
+    for options in ({}, {"reduction": "sum"}):
+        ours, theirs = getattr(nn, name)(**options), getattr(torch.nn, name)(**options)
+        assert_same(ours(Tensor(x), Tensor(y)), theirs(torch.tensor(x), torch.tensor(y)))
+    assert isinstance(nn.CrossEntropyLoss(label_smoothing=0.1), nn.Module)
+    with pytest.raises(TypeError, match="its options are"):
+        nn.MSELoss(reductoin="sum")
+
+
+def test_module_dict_slices_and_a_forgotten_super():
+    net = nn.ModuleDict({"a": nn.Linear(2, 3), "b": nn.ReLU()})
+    net["c"] = nn.Linear(3, 1)
+    assert list(net) == ["a", "b", "c"] and len(net) == 3 and "c" in net
+    assert net.state_dict().keys() == {"a.weight", "a.bias", "c.weight", "c.bias"}
+    assert net["b"](net["a"](pg.ones(1, 2))).shape == (1, 3)
+    assert [type(m) for m in net.values()] == [type(m) for _, m in net.items()]
+    part = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))[:2]
+    assert (
+        isinstance(part, nn.Sequential) and len(part) == 2 and part(pg.ones(1, 2)).shape == (1, 3)
+    )
+    assert len(nn.ModuleList([nn.ReLU(), nn.ReLU()])[1:]) == 1
+
+    class Forgetful(nn.Module):
+        def __init__(self):
+            self.layer = nn.Linear(1, 1)
+
+    with pytest.raises(AttributeError, match=r"Forgetful.__init__ must call super\(\).__init__"):
+        Forgetful()
+    with pytest.raises(AttributeError, match="Linear has no attribute 'wieght'"):
+        nn.Linear(1, 1).wieght  # noqa: B018
 
 
 LOGITS = RNG.standard_normal((4, 5, 3))

@@ -99,7 +99,7 @@ def test_groups_have_their_own_options():
     optimizer.step()
     assert (a.item(), b.item()) == (pytest.approx(0.9), 0.5)
     optimizer.lr = 0.2
-    assert [g["lr"] for g in optimizer.groups] == [0.2, 0.2]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.2, 0.2]
 
 
 def test_a_parameter_without_a_gradient_stays():
@@ -180,9 +180,9 @@ def test_schedule_sets_every_group():
     a, b = (Tensor([1.0], requires_grad=True) for _ in range(2))
     optimizer = optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.1)
     schedule = optim.Schedule(optimizer, lambda t: 1 / (t + 1))
-    assert [g["lr"] for g in optimizer.groups] == [0.1, 0.5]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.5]
     schedule.step()
-    assert [g["lr"] for g in optimizer.groups] == [0.05, 0.25]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.25]
 
 
 def test_refusals():

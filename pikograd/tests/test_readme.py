@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -13,7 +14,8 @@ import pytest
 
 import main
 import train
-from meter import gradient_cost
+from meter import gradient_cost, tape_bytes
+from model import build
 
 HERE = Path(__file__).resolve().parent.parent
 TEXT = (HERE / "README.md").read_text(encoding="utf-8")
@@ -53,7 +55,7 @@ def test_commands_and_options_exist():
     for command in re.findall(r"python main\.py ([^`#\n]*)", TEXT + main.__doc__):
         flags = re.findall(r"--[\w-]+", command)
         assert flags and set(flags) <= options
-    assert set(re.findall(r"`(--[\w-]+)", TEXT)) - options == {"--compile"}  # named as left out
+    assert set(re.findall(r"`(--[\w-]+)", TEXT)) <= options
 
 
 def test_links_and_pictures_are_there():
@@ -67,7 +69,7 @@ def test_gradient_costs_in_the_text():
         task, _ = train.load_run(HERE / "pretrained" / model)
         x, y = task.data.batch(0, 64, 0)
         forward, backward = gradient_cost(lambda t=task, x=x, y=y: t.loss(x, y))
-        found[model] = f"{backward / forward:.2f} × ({model})"
+        found[model] = f"{(forward + backward) / forward:.2f} × ({model})"
     for words in found.values():
         assert words in TEXT
 
@@ -95,6 +97,35 @@ def test_results_are_those_of_the_runs():
     texts.append(f"{bench['gemm_gflops']:.0f} GFLOP/s")
     missing = [text for text in texts if text not in TEXT]
     assert not missing
+
+
+def test_sizes_and_memory_in_the_text():
+    """Weights of both mlps and of the gpt, and what a batch of 32 texts keeps on the tape."""
+    task, _ = train.load_run(HERE / "pretrained" / "mlp")
+    small = build(dataclasses.replace(task.model, size="small"))
+    sizes = sum(p.numel() for p in small.parameters()), task.count()
+    assert "{:,} weights instead of {:,}".format(*sizes) in TEXT
+    assert f"{len(task.data.x):,} images are the limit" in TEXT
+    task, _ = train.load_run(HERE / "pretrained" / "gpt")
+    kept = tape_bytes(task.loss(*task.data.batch(0, 32, 0)))
+    assert f"keeps {kept / 1e6:.0f} MB" in TEXT and f"{task.count():,} weights" in TEXT
+    assert f"weights take {4 * task.count() / 1e6:.1f} MB" in TEXT
+
+
+def test_the_step_by_hand():
+    """w = 3, x = 2, y = 10: error −4, L = 16, slope −16, new w 4.6, new L 0.64."""
+    w = 3.0
+    error = w * 2 - 10
+    slope = 2 * error * 2
+    after = w - 0.1 * slope
+    numbers = (error, error**2, slope, after, (after * 2 - 10) ** 2)
+    assert numbers == pytest.approx((-4, 16, -16, 4.6, 0.64))
+    for words in ("error is −4, L = 16", "∂L/∂w = −16", "3 + 1.6 = 4.6", "(9.2 − 10)² = 0.64"):
+        assert words in TEXT
+
+
+def test_length_of_the_reading_path():
+    assert f"on single numbers, {code_lines(HERE / 'value.py')} lines" in TEXT
 
 
 def test_promise_in_the_log_lines():

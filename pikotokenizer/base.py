@@ -11,6 +11,7 @@ Left out: pairs of texts and token types (BERT's second segment), truncation ins
 """
 
 import codecs
+import contextlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,19 +21,18 @@ from itertools import chain
 
 from characters import CHAR_TO_BYTE, PATTERNS, WHITE_SPACE, chars_to_bytes, well_formed
 from decoders import BYTE_PIECE, MARK, decoder
-from normalize import normalizer
+from normalize import normalizer, plane
 from pretokenize import is_word, pre_tokenizer
 
 UNKNOWN_TEXT = " ⁇ "  # U+2047, what SentencePiece decodes its unknown token to
+LONGEST_KEY = 64  # characters of what caches keep: longer words are rare and would fill the memory
 BLOCK = 1 << 16  # characters handled at a time, so that memory stays bounded
+ODD_SPACE = re.compile(r" (?!\S)")
 LAST_SPACE = re.compile(r" (?=\S)")  # a border in every pattern of `PATTERNS`
 SPACE_IN_RUN = re.compile(r" (?!\S)(?<=\s )")  # a space that might not be one
-# Patterns of other vocabularies in which a space also begins a match wherever LAST_SPACE finds it:
-# the older cl100k_base, Llama 3 and Qwen 2.
+# A space begins a match wherever LAST_SPACE finds it in Qwen 2's pattern as well.
 SPACED_PATTERNS = {
     *PATTERNS.values(),
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 }
@@ -42,8 +42,8 @@ WORD = re.compile(f"{MARK}[^{MARK}]*|[^{MARK}]+")
 MARK_BORDER = re.compile(f"(?<=[^{MARK}]){MARK}")
 
 
-class OddSpace(Exception):
-    """White space follows a space, so that what stands between two spaces may not stand alone."""
+class Unseen(Exception):
+    """A stretch is not in the cache: those of its block are looked at together."""
 
 
 class Cache(dict):
@@ -54,12 +54,26 @@ class Cache(dict):
 
     def __missing__(self, key: str):
         value = tuple(self.compute(key))  # a list would keep the garbage collector busy
-        if len(key) <= 64:  # long ones are rare and would fill the memory
+        if len(key) <= LONGEST_KEY:
             if len(self) >= self.limit:
                 self.clear()
             # A copy: the keys then lie side by side in memory, not among the parts of a text.
             self[key[:1] + key[1:]] = value
         return value
+
+    def add(self, pairs: Iterable[tuple[str, tuple[int, ...]]]) -> None:
+        """Many values at once, computed elsewhere."""
+        new = {key: value for key, value in pairs if len(key) <= LONGEST_KEY}
+        if len(self) + len(new) > self.limit:
+            self.clear()
+        self.update(new)
+
+
+class Learnt(dict):
+    """A dict that says when it lacks something."""
+
+    def __missing__(self, key: str):
+        raise Unseen
 
 
 @dataclass(frozen=True)
@@ -121,14 +135,18 @@ class Tokenizer:
         self.pieces |= {token.id: token.content for token in pipeline.added}
         self.added_ids = {token.id: token.content for token in pipeline.added}
         self.special_ids = {token.id for token in pipeline.added if token.special}
+        self.special = frozenset(token.content for token in pipeline.added if token.special)
+        self.plain_added = frozenset(self.added) - self.special  # found whatever the caller allows
+        # Tokens to be looked for after normalization, which matters only if there is one.
+        self.late = [t for t in pipeline.added if t.normalized and pipeline.normalizer]
         self.normalize = normalizer(pipeline.normalizer)
         self.split = pre_tokenizer(pipeline.pre_tokenizer)
         self.join = decoder(pipeline.decoder)
         self.words = Cache(self.word_ids, self.cache_size)
-        self.stretches = Cache(self.even_stretch_ids, self.cache_size)
-        self.odd_stretches = Cache(self.stretch_ids, self.cache_size)
+        self.stretches = Learnt()
+        self.odd_stretches = Learnt()
         self.finder = lru_cache(64)(self._finder)
-        self.active: frozenset[str] = frozenset()
+        self.notes: list[str] = []  # what a file asked for and did not get, in words
         self.marked = MARK in vocab and not any(map(MARK_BORDER.search, vocab))
         self.spaced = self._spaced()
 
@@ -170,13 +188,13 @@ class Tokenizer:
         read as plain text. add_special_tokens: put the tokens of the model's template ([CLS], <s>
         …) around. Lone surrogates become U+FFFD. Raises ValueError for an unknown special token.
         """
-        text = well_formed(text)
+        text, active = well_formed(text), self.allowed(allowed_special)
         ids: list[int] = []
-        for part, start, token in self.parts(text, allowed_special):
+        for part, start, token in self.parts(text, active):
             if token is not None:
                 ids.append(token.id)
             else:
-                found = self.plain_ids(part, start == 0)
+                found = self.plain_ids(part, start == 0, active)
                 ids = ids + found if ids else found  # not +=: a long text is copied only if it must
         if add_special_tokens:
             return [*self.pipeline.prefix, *ids, *self.pipeline.suffix]
@@ -186,18 +204,20 @@ class Tokenizer:
         """`encode` of each text."""
         return [self.encode(text, **options) for text in texts]
 
-    def plain_ids(self, text: str, first: bool = True) -> list[int]:
+    def plain_ids(self, text: str, first: bool, active: frozenset[str]) -> list[int]:
         """The ids of text in which nothing is special."""
         if self.spaced:
             return self.spaced_ids(text)
         ids: list[int] = []
-        for word, token in self.plain_words(text, first):
+        for word, token in self.plain_words(text, first, active):
             ids.extend(self.long_ids(word) if token is None else [token.id])
         return ids
 
-    def plain_words(self, text: str, first: bool) -> Iterator[tuple[str, AddedToken | None]]:
+    def plain_words(
+        self, text: str, first: bool, active: frozenset[str]
+    ) -> Iterator[tuple[str, AddedToken | None]]:
         """The words of text in which nothing is special, and added tokens that wait till now."""
-        for part, _, token in self.normalized_parts(self.normalize(text)):
+        for part, _, token in self.normalized_parts(self.normalize(text), active):
             for word in [part] if token else self.split(part, first):
                 yield word, token
             first = False
@@ -208,7 +228,7 @@ class Tokenizer:
         """How stretches between spaces can be encoded alone: None, "words" or "context"."""
         steps = self.pipeline.pre_tokenizer or {}
         kind, normal = steps.get("type"), (self.pipeline.normalizer or {}).get("type")
-        if self.normalized_tokens():
+        if self.late:
             return None
         if kind == "BertPreTokenizer" and normal in (None, "BertNormalizer"):
             return "words"
@@ -237,25 +257,66 @@ class Tokenizer:
             words = words[:-1] if after else words
         return list(chain.from_iterable(map(self.words.__getitem__, words)))
 
-    def even_stretch_ids(self, stretch: str) -> list[int]:
-        """`stretch_ids`; OddSpace if the space before `stretch` is not surely a border."""
-        if self.spaced == "context" and odd(stretch):
-            raise OddSpace
-        return self.stretch_ids(stretch)
-
     def spaced_ids(self, text: str) -> list[int]:
         """`plain_ids` by looking up stretches: the same ids (tested), several times faster."""
         ids: list[int] = []
         for block, last in blocks(text, LAST_SPACE):
-            parts = block.split(" ")
             try:
-                found = self.block_ids(parts, last, self.stretches)
-            except OddSpace:
-                found = self.block_ids(stretches(block), last, self.odd_stretches)
+                found = self.block_ids(block.split(" "), last, self.stretches)
+            except Unseen:
+                found = self.unseen_ids(block, last)
             ids += found
         return ids
 
-    def block_ids(self, parts: list[str], last: bool, cache: Cache) -> list[int]:
+    def unseen_ids(self, block: str, last: bool) -> list[int]:
+        """The ids of a block with something new in it, or with a space that is no sure border."""
+        parts, cache = block.split(" "), self.stretches
+        if self.spaced == "context" and ODD_SPACE.search(block):
+            parts, cache = stretches(block), self.odd_stretches
+            with contextlib.suppress(Unseen):
+                return self.block_ids(parts, last, cache)
+        # the first and the last stretch of a text depend on what is beside them
+        inner = parts if self.spaced == "words" else parts[1 : -1 if last else None]
+        return self.block_ids(parts, last, self.learn(inner, cache))
+
+    def learn(self, parts: list[str], cache: "Learnt") -> dict[str, tuple[int, ...]]:
+        """The ids of all these stretches, those that are not in the cache worked out together."""
+        known = {part: cache.get(part) for part in dict.fromkeys(parts)}  # another thread may clear
+        new = [part for part, ids in known.items() if ids is None]
+        if self.spaced == "words":
+            found = {part: tuple(self.stretch_ids(part)) for part in new}
+        else:
+            found = {}
+            for group in by_plane(new):
+                found.update(self.new_stretches(group))
+        if len(cache) + len(found) > self.cache_size:
+            cache.clear()
+        cache.update((part, ids) for part, ids in found.items() if len(part) <= LONGEST_KEY)
+        return known | found
+
+    def new_stretches(self, parts: list[str]) -> dict[str, tuple[int, ...]]:
+        """`stretch_ids` of many stretches with one call of the pattern.
+
+        They stand in a row, each between a space and " x", and are told apart by their lengths.
+        """
+        texts = [self.normalize(" " + part) for part in parts]
+        words = self.split(" x".join([*texts, ""]), False)
+        self.learn_words(set(words).difference(self.words))
+        row, found = iter(words), {}
+        for part, text in zip(parts, texts, strict=True):
+            group, size = [], len(text)
+            while size > 0:
+                group.append(word := next(row))
+                size -= len(word)
+            next(row)  # the x
+            ids = [self.words[word] for word in group]
+            found[part] = ids[0] if len(ids) == 1 else tuple(chain.from_iterable(ids))
+        return found
+
+    def learn_words(self, words: Iterable[str]) -> None:
+        """Puts many new words into the cache, where an algorithm has a way to do that at once."""
+
+    def block_ids(self, parts: list[str], last: bool, cache: dict) -> list[int]:
         """The ids of stretches; the first has no space before it, the last of a text none after."""
         ids: list[int] = []
         extend, lookup = ids.extend, cache.__getitem__
@@ -263,8 +324,8 @@ class Tokenizer:
             for found in map(lookup, parts):
                 extend(found)
             return ids
-        tail = parts.pop() if last and len(parts) > 1 else None
-        head = parts.pop(0)
+        head, tail = parts[0], parts[-1] if last and len(parts) > 1 else None
+        parts = parts[1:] if tail is None else parts[1:-1]
         if head:
             after = "" if last and tail is None else " x"
             extend(self.stretch_ids(head, before="", after=after))
@@ -272,26 +333,20 @@ class Tokenizer:
             extend(found)
         if tail is not None:
             if cache is self.stretches and odd(tail):
-                raise OddSpace
+                raise Unseen
             extend(self.stretch_ids(tail, after=""))
         return ids
 
     # ---- added tokens ----
 
-    def normalized_tokens(self) -> list[AddedToken]:
-        """Tokens to be looked for after normalization, which matters only if there is one."""
-        return [t for t in self.pipeline.added if t.normalized and self.pipeline.normalizer]
-
     def allowed(self, allowed_special: Iterable[str] | str) -> frozenset[str]:
         """The added tokens that count: those that are not special, and the special ones allowed."""
-        special = {token.content for token in self.pipeline.added if token.special}
         if allowed_special == "all":
-            chosen = special
-        else:
-            chosen = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-            if unknown := chosen - special:
-                raise ValueError(f"{min(unknown)!r} is not a special token of this tokenizer")
-        return frozenset(chosen | (set(self.added) - special))
+            return self.plain_added | self.special
+        chosen = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
+        if unknown := chosen - self.special:
+            raise ValueError(f"{min(unknown)!r} is not a special token of this tokenizer")
+        return self.plain_added | chosen
 
     def _finder(self, contents: frozenset[str], normalized: bool) -> re.Pattern | None:
         """A regex for the tokens of `contents`, longest first, that are looked for at one stage."""
@@ -300,15 +355,14 @@ class Tokenizer:
         ordered = sorted((n for n in names if n), key=len, reverse=True)
         return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
-    def parts(self, text: str, allowed_special) -> list[tuple[str, int, AddedToken | None]]:
-        """`text` cut at added tokens: (part, where it starts, the token or None).
+    def parts(self, text: str, active: frozenset[str]) -> list[tuple[str, int, AddedToken | None]]:
+        """`text` cut at the tokens of `allowed(…)`: (part, where it starts, the token or None).
 
         Those that ask for normalized text come second, here already if nothing is normalized.
         """
-        self.active = self.allowed(allowed_special)
         parts = [(text, 0, None)] if text else []
         for late in (False,) if self.pipeline.normalizer else (False, True):
-            if finder := self.finder(self.active, late):
+            if finder := self.finder(active, late):
                 cut = (
                     [part] if part[2] else found_tokens(part[0], finder, self.added, part[1])
                     for part in parts
@@ -316,12 +370,14 @@ class Tokenizer:
                 parts = list(chain.from_iterable(cut))
         return parts
 
-    def normalized_parts(self, text: str) -> Iterable[tuple[str, int, AddedToken | None]]:
+    def normalized_parts(
+        self, text: str, active: frozenset[str]
+    ) -> Iterable[tuple[str, int, AddedToken | None]]:
         """The same in normalized text, for the tokens that ask for it."""
-        finder = self.finder(self.active, True) if self.normalized_tokens() else None
+        finder = self.finder(active, True) if self.late else None
         if finder is None:
             return [(text, 0, None)]
-        names = {self.normalize(t.content): t for t in self.normalized_tokens()}
+        names = {self.normalize(t.content): t for t in self.late}
         return found_tokens(text, finder, names)
 
     # ---- ids → text ----
@@ -411,6 +467,14 @@ def odd(stretch: str) -> bool:
     return not stretch or stretch[0].isspace()
 
 
+def by_plane(parts: list[str]) -> list[list[str]]:
+    """Texts of ASCII, of plane 0 and others apart: patterns are fastest for the first two."""
+    groups: dict[str, list[str]] = {}
+    for part in parts:
+        groups.setdefault(plane(part), []).append(part)
+    return list(groups.values())
+
+
 def stretches(text: str) -> list[str]:
     """`text` cut at the spaces that are borders in every pattern of `PATTERNS`, spaces left out.
 
@@ -494,13 +558,18 @@ def marked_pipeline() -> Pipeline:
     )
 
 
-def sentencepiece_pipeline(charsmap: str = "", prefix=True, collapse=False) -> Pipeline:
+def sentencepiece_pipeline(
+    charsmap: str = "", prefix=True, collapse=False, keep: Iterable[str] = ()
+) -> Pipeline:
     """SentencePiece's own normalizer and decoder, which `tokenizer.json` has no words for.
 
     charsmap: the base64 of a `CharsMap`; prefix: a space is put before the text; collapse: runs of
-    spaces become one, and those at the ends go.
+    spaces become one, and those at the ends go; keep: user-defined pieces, which the map leaves
+    alone.
     """
     steps = {"type": "SentencePiece", "prefix": prefix, "collapse": collapse}
+    if keep:
+        steps["keep"] = list(keep)
     return Pipeline(normalizer=steps | {"charsmap": charsmap}, decoder=dict(steps))
 
 
@@ -514,7 +583,7 @@ def count_words(tokenizer: Tokenizer, text: str | Iterable[str]) -> Counter[str]
     marked = tokenizer.pipeline.pre_tokenizer is None
     for document in [text] if isinstance(text, str) else text:
         document = BYTE_PIECE.sub(" ", well_formed(document)) if marked else well_formed(document)
-        for part, start, token in tokenizer.parts(document, "all"):
+        for part, start, token in tokenizer.parts(document, tokenizer.allowed("all")):
             words = [] if token else tokenizer.split(tokenizer.normalize(part), start == 0)
             counts.update(chain.from_iterable(map(WORD.findall, words)) if marked else words)
     if not counts:

@@ -1,4 +1,4 @@
-"""Side by side with tiktoken and tokenizers: one process, one thread each, taking turns.
+"""Side by side with tiktoken, tokenizers and sentencepiece: one process, one thread, taking turns.
 
 The peers are optional; a ratio above 1 means that ours is faster. Every encoding compared has the
 same vocabulary (trained here) and must give the same ids, or the bench stops.
@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -18,21 +19,26 @@ from base import count_words
 from bpe import BPE, bytes_pipeline
 from characters import PATTERNS, chars_to_bytes
 from data import load_texts
-from run import UserError, say, write_whole
+from options import UserError, say
+from run import write_json
 from tokenizer import load, save
+from unigram import Unigram
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROUNDS = 31
+ROUNDS = 11
 SIZE = 8192
-RESULT = Path(__file__).resolve().parent / "runs" / "bench.json"
+RUNS = Path(__file__).resolve().parent / "runs"  # bench-NAME.json there, by the name of the data
 
 
 def clock(work) -> tuple[float, object]:
-    """Seconds, and what the work returned."""
-    start = time.perf_counter()
+    """CPU seconds of this process, and what the work returned.
+
+    What else runs on the machine does not count, and everything here has one thread.
+    """
+    start = time.process_time()
     result = work()
-    return time.perf_counter() - start, result
+    return time.process_time() - start, result
 
 
 def take_turns(works: dict, rounds: int = ROUNDS) -> dict[str, float]:
@@ -171,6 +177,60 @@ def bench_encoding(tokenizer: BPE, text: str, folder: Path, ratios: dict, ms: di
         ratios[f"encode_cold_vs_{short}"] = seconds[name] / statistics.median(cold)
 
 
+def bench_loading(tokenizer: BPE, folder: Path, ratios: dict, ms: dict) -> None:
+    """A rank file read by us and by tiktoken, pattern and all."""
+    try:
+        import tiktoken
+        from tiktoken.load import load_tiktoken_bpe
+    except ImportError:
+        return
+    path = folder / "bench.tiktoken"
+    save(tokenizer, path)
+
+    def theirs():
+        return tiktoken.Encoding(
+            "bench", pat_str=PATTERNS["gpt2"], mergeable_ranks=load_tiktoken_bpe(str(path)),
+            special_tokens={},
+        )  # fmt: skip
+
+    seconds = take_turns({"ours": lambda: load(path, "gpt2"), "tiktoken": theirs}, 11)
+    print_pair(f"load {len(tokenizer):,} ranks", seconds)
+    ms["load"] = {who: 1000 * value for who, value in seconds.items()}
+    ratios["load_vs_tiktoken"] = seconds["tiktoken"] / seconds["ours"]
+
+
+def bench_unigram(text: str, folder: Path, ratios: dict, ms: dict) -> None:
+    """A Unigram model of 1,000 pieces, learnt from the beginning of the text, on all of it."""
+    try:
+        import sentencepiece
+    except ImportError:
+        say("sentencepiece is not installed: no unigram_vs_sentencepiece")
+        return
+    path = folder / "bench.model"
+    characters = len(set(text))
+    save(Unigram.train(text[:100_000] + "".join(set(text)), 1000 + characters), path)
+    ours, peer = load(path), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    cold = []
+    for _ in range(3):
+        fresh = load(path)
+        cold.append(clock(lambda fresh=fresh: fresh.encode(text))[0])
+    if ours.encode(text) != peer.encode(text):
+        raise UserError("sentencepiece gives other ids")
+    seconds = take_turns(
+        {"ours": lambda: ours.encode(text), "sentencepiece": lambda: peer.encode(text)}, 7
+    )
+    seconds["ours, cold"] = statistics.median(cold)
+    print_pair("unigram encode", seconds)
+    ms["unigram"] = {who: 1000 * value for who, value in seconds.items()}
+    ratios["unigram_vs_sentencepiece"] = seconds["sentencepiece"] / seconds["ours"]
+    ratios["unigram_cold_vs_sentencepiece"] = seconds["sentencepiece"] / seconds["ours, cold"]
+
+
+def print_pair(what: str, seconds: dict[str, float]) -> None:
+    for who, value in seconds.items():
+        print(f"{what:22s} {who:14s} {value * 1000:9.1f} ms")
+
+
 def show_speed(name: str, megabytes: float, seconds: float) -> None:
     rate = megabytes / seconds
     print(f"encode {megabytes:.2f} MB       {name:12s} {seconds * 1000:9.1f} ms   {rate:7.1f} MB/s")
@@ -229,13 +289,19 @@ def bench_memory(text: str, folder: Path, ratios: dict) -> None:
     ratios["memory_growth_mb"] = grown / 1e6
 
 
-def main(source: str | None = None) -> None:
-    """Runs all of it on `source` (default: the corpus in data/); the last line is JSON.
+def keep(source: str | None, line: dict, ms: dict) -> None:
+    """Write what was measured so far into runs/."""
+    RUNS.mkdir(exist_ok=True)
+    name = Path(source or "data").stem.replace(":", "-")
+    write_json(RUNS / f"bench-{name}.json", line | {"milliseconds": ms})
 
-    The line is kept in runs/bench.json too, from where `--figures` takes the README's numbers.
+
+def main(args) -> None:
+    """Runs all of it on --data (default: the corpus in data/); the last line is JSON.
+
+    The line is kept in runs/ too, from where `--figures` takes the README's numbers.
     """
-    import tempfile
-
+    source = getattr(args, "data", None)
     text = "".join(load_texts(source).values())
     ratios: dict[str, float] = {}
     ms: dict[str, dict[str, float]] = {}
@@ -246,13 +312,19 @@ def main(source: str | None = None) -> None:
         # Encoding comes first: a dozen trainings would leave the heap in pieces, and a lookup is
         # as fast as the memory that it touches is compact.
         bench_encoding(tokenizer, text, folder, ratios, ms)
+        bench_loading(tokenizer, folder, ratios, ms)
+        bench_unigram(text, folder, ratios, ms)
+        keep(source, ratios, ms)
         bench_training(text, ratios, ms)
         bench_worst_cases(tokenizer, ratios)
         bench_memory(text, folder, ratios)
         bench_minbpe(tokenizer, text, ratios, ms)
     words = len(count_words(tokenizer, text))
-    facts = {"data": source or "data", "distinct_words": words, "vocab_size": len(tokenizer)}
+    facts = {
+        "data": Path(source or "data").name,
+        "distinct_words": words,
+        "vocab_size": len(tokenizer),
+    }
     line = facts | {name: round(value, 3) for name, value in ratios.items()}
-    RESULT.parent.mkdir(exist_ok=True)
-    write_whole(RESULT, json.dumps(line | {"milliseconds": ms}, indent=1).encode("utf-8"))
+    keep(source, line, ms)
     print(json.dumps(line))

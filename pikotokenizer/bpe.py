@@ -17,6 +17,7 @@ import heapq
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import chain, pairwise
 
 from base import (
@@ -30,9 +31,11 @@ from base import (
 )
 from characters import BYTE_TO_CHAR, PATTERNS, bytes_to_chars, well_formed
 from decoders import MARK
+from together import RankTable, merge_together
 
 NEVER = 1 << 62  # the rank of a pair that is no token
 LONG = 128  # symbols; longer words are merged with a heap
+MANY = 50  # new words; so many are merged together
 Merge = tuple[int, int, int]  # left id, right id, new id
 
 
@@ -271,6 +274,27 @@ class BPE(Tokenizer):
         if unk is not None and unk not in vocab:
             raise ValueError(f"the unknown token {unk!r} is not in the vocabulary")
         super().__init__(vocab, pipeline)
+        self.not_whole = {None, *self.special_ids}  # no word is one of these by itself
+        self.tables = lru_cache(1)(self._tables)
+
+    def _tables(self) -> tuple[RankTable, RankTable] | None:
+        """What `merge_together` needs, ranks and ids; None where words are not plain bytes."""
+        pieces = self.vocab
+        if added := self.added.keys() & pieces.keys():
+            pieces = {piece: i for piece, i in pieces.items() if piece not in added}
+        plain = self.byte_level and not self.suffix and not self.hidden
+        if not plain or any(char not in pieces for char in BYTE_TO_CHAR):
+            return None
+        try:
+            ids = RankTable(pieces, [*pieces.values()])
+            if self.merges is None:
+                same = self.ranks is pieces
+                return ids if same else RankTable(self.ranks, [*self.ranks.values()]), ids
+            joined = [a + b for a, b in self.merges]
+            left = [len(a) for a, _ in self.merges]
+            return RankTable(joined, [*range(len(joined))], left), ids
+        except ValueError:  # a merge is repeated
+            return None
 
     def rank_function(self) -> Callable[[str, str], int]:
         """rank(a, b) of two neighbours, NEVER if they do not merge."""
@@ -303,6 +327,21 @@ class BPE(Tokenizer):
 
     def word_ids(self, word: str) -> list[int]:
         return [i for i, _ in self.known(self.merged(word))]
+
+    def learn_words(self, words: Iterable[str]) -> None:
+        """Puts many new words into the cache, merged together (together.py)."""
+        new = [word for word in words if len(word) < LONG]
+        if len(new) < MANY or self.tables() is None:
+            return
+        coded = [word.encode("utf-8") for word in new]
+        if self.whole_first:
+            whole = [self.vocab.get(bytes_to_chars(data)) for data in coded]
+            hits = zip(new, whole, strict=True)
+            self.words.add((word, (i,)) for word, i in hits if i not in self.not_whole)
+            rest = [n for n, i in enumerate(whole) if i in self.not_whole]
+            new, coded = [new[n] for n in rest], [coded[n] for n in rest]
+        if new:
+            self.words.add(zip(new, merge_together(coded, *self.tables()), strict=True))
 
     def word_spans(self, word: str) -> list[tuple[int, int, int]]:
         """(id, start, end) in characters of `word`; a character cut into bytes is in each part."""
@@ -343,9 +382,10 @@ class BPE(Tokenizer):
         """`encode(text)` with BPE-dropout: another segmentation of the same text at every seed."""
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout is a probability, got {dropout}")
-        rng, ids = random.Random(seed), []
-        for part, start, special in self.parts(well_formed(text), ()):
-            for word, token in [(part, special)] if special else self.plain_words(part, start == 0):
+        rng, ids, active = random.Random(seed), [], self.allowed(())
+        for part, start, special in self.parts(well_formed(text), active):
+            words = self.plain_words(part, start == 0, active)
+            for word, token in [(part, special)] if special else words:
                 if token is not None:
                     ids.append(token.id)
                     continue

@@ -13,10 +13,12 @@ Left out: \\b, \\w, named groups and the other corners of the regex dialects; a 
 them is refused by name. On a Python with a later Unicode, the newest characters follow that Python.
 """
 
+import codecs
 import re
 import sys
 import unicodedata
 from functools import lru_cache
+from itertools import chain
 
 # General categories assigned by Unicode 14, 15, 15.1 and 16, as hexadecimal ranges. Found by asking
 # tiktoken's regex engine about every code point; a test asks it again.
@@ -63,9 +65,11 @@ WHITE_SPACE = [
     (0x2028, 0x2029), (0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000),
 ]  # fmt: skip
 LAST = 0x10FFFF
+# Where the category may change: planes 4 to 13 are empty, 15 and 16 are for private use.
+POINTS = (range(0x40001), range(0xE0000, 0xE1001), (0xF0000, 0xFFFFE, 0x100000, 0x10FFFE))
 
 # The words' patterns, in the dialect of the libraries: GPT-2 (Radford et al. 2019), GPT-4's
-# cl100k_base and GPT-4o's o200k_base as in tiktoken 0.14, and one without any letter classes.
+# cl100k_base and GPT-4o's o200k_base as in tiktoken 0.14, Llama 3's, and one without classes.
 # In all of them a space that stands before anything but white space begins a new match.
 PATTERNS = {
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -76,6 +80,8 @@ PATTERNS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "llama3": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     "whitespace": r" ?\S+|\s+(?!\S)|\s+",
 }
 
@@ -91,16 +97,21 @@ BYTE_TO_CHAR = byte_alphabet()
 CHAR_TO_BYTE = {c: b for b, c in enumerate(BYTE_TO_CHAR)}
 
 
+# The alphabet as one of Python's own character sets, like Latin-1: it is coded in C.
+ALPHABET = "".join(BYTE_TO_CHAR)
+ALPHABET_MAP = codecs.charmap_build(ALPHABET)
+
+
 def bytes_to_chars(data: bytes) -> str:
     """b" t" → "Ġt": bytes as they stand in GPT-2's vocabulary files."""
-    return "".join(map(BYTE_TO_CHAR.__getitem__, data))
+    return codecs.charmap_decode(data, "strict", ALPHABET)[0]
 
 
 def chars_to_bytes(text: str) -> bytes:
     """Back, "Ġt" → b" t"; text outside the alphabet (an added token) is its UTF-8."""
     try:
-        return bytes(map(CHAR_TO_BYTE.__getitem__, text))
-    except KeyError:
+        return codecs.charmap_encode(text, "strict", ALPHABET_MAP)[0]
+    except UnicodeEncodeError:
         return text.encode("utf-8")
 
 
@@ -133,8 +144,8 @@ def category(char: str) -> str:
 def category_runs() -> list[tuple[int, int, str]]:
     """All of Unicode as runs (first, last, category)."""
     table, runs, first, now = newer(), [], 0, "Cc"
-    for point, char in enumerate(map(chr, range(LAST + 1))):
-        found = unicodedata.category(char)
+    for point in chain(*POINTS):
+        found = unicodedata.category(chr(point))
         if found == "Cn":
             found = table.get(point, "Cn")
         if found != now:

@@ -6,10 +6,9 @@ UTF-8 file, a folder of *.txt, or hf:OWNER/NAME for a Hugging Face dataset with 
 
 from pathlib import Path
 
-from run import UserError
+from options import UserError
 
 CORPUS = Path(__file__).resolve().parent / "data"
-HELD_OUT = 10  # every tenth line is kept for measuring
 
 
 def read_text(path: Path) -> str:
@@ -57,10 +56,13 @@ def load_texts(source: str | Path | None = None) -> dict[str, str]:
     return {file.stem: read_text(file) for file in files}
 
 
-def split_lines(text: str) -> tuple[list[str], list[str]]:
-    """Lines (with their ends) to train on, and every tenth to measure on; short texts do both."""
+def split_lines(text: str, held_out: int = 10) -> tuple[list[str], list[str]]:
+    """Lines (with their ends) to train on, and every `held_out`-th to measure on.
+
+    With 0, and where there are fewer lines than that, all lines are in both (one list).
+    """
     lines = text.splitlines(keepends=True)
-    if len(lines) < HELD_OUT:
+    if not held_out or len(lines) < held_out:
         return lines, lines
-    kept = [line for i, line in enumerate(lines) if i % HELD_OUT]
-    return kept, lines[::HELD_OUT]
+    kept = [line for i, line in enumerate(lines) if i % held_out]
+    return kept, lines[::held_out]

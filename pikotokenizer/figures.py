@@ -3,7 +3,7 @@
 merges.png       the merge tree of a word, and its tokens
 compression.png  bytes a token of the three algorithms by vocabulary size, in both languages
 floor.png        a source of words whose entropy is known, and what tokens cost above it
-results.json     what the last `--bench` measured: the README's speeds are held against it
+bench-*.json     what `--bench` measured: the README's speeds are held against it
 """
 
 from pathlib import Path
@@ -12,7 +12,8 @@ import bench
 import show
 from bpe import BPE
 from data import load_texts, split_lines
-from run import UserError, say, write_whole
+from options import UserError, say
+from run import write_text
 from tokenizer import load
 from unigram import Unigram
 from wordpiece import WordPiece
@@ -119,10 +120,10 @@ def finish(plt, figure, name: str) -> Path:
     return ASSETS / name
 
 
-def main() -> None:
+def main(args=None) -> None:
     """All pictures, and the numbers of the last bench."""
-    if bench.RESULT.exists():
-        write_whole(ASSETS / "results.json", bench.RESULT.read_bytes())
+    for file in bench.RUNS.glob("bench-*.json"):
+        write_text(ASSETS / file.name, file.read_text(encoding="utf-8"))
     plt = pyplot()
     for draw in (draw_merges, draw_compression, draw_floor):
         say(f"picture    {draw(plt)}")

@@ -9,42 +9,61 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import Iterable
 
 from base import AddedToken, Pipeline, Tokenizer, sentencepiece_pipeline
 from bpe import BPE, NEVER, bytes_pipeline, merge_short
 from characters import BYTE_TO_CHAR, PATTERNS, bytes_to_chars, chars_to_bytes
+from published import END, OTHERS, PUBLISHED, Published, recognised
 from spm import marked_steps
 from unigram import Unigram
 from wordpiece import WordPiece, bert_pipeline
 
-END = "<|endoftext|>"
-# Rank files say nothing of pattern and special tokens: OpenAI's are known by their size
-# (tiktoken's openai_public.py).
-KNOWN = {
-    100256: ("gpt4", {END: 100257, "<|fim_prefix|>": 100258, "<|fim_middle|>": 100259,
-                      "<|fim_suffix|>": 100260, "<|endofprompt|>": 100276}),
-    199998: ("o200k", {END: 199999, "<|endofprompt|>": 200018}),
-    50256: ("gpt2", {END: 50256}),
-}  # fmt: skip
 BERT_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?")
+RANK_LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}|=) (\d+)\r?")  # Whisper writes "" as "="
+GPT2_MERGES = 50_000
+Special = str | dict[str, int] | Iterable[str] | None  # a published name, text → id, or texts
 
 
 # ---- tiktoken ----
 
 
-def read_tiktoken(data: bytes, pattern: str | None = None, special_tokens=None) -> BPE:
+def read_tiktoken(data: bytes, pattern: str | None = None, special_tokens: Special = None) -> BPE:
     """A rank file: one base64 token and its rank a line. Pairs merge by the rank of their join.
 
-    pattern: needed unless the file is one of OpenAI's. special_tokens: text → id.
+    pattern: needed unless the file is a published one or `special_tokens` names one (published.py).
+    special_tokens: such a name, or text → id, or texts, which get the ids behind the last rank.
     """
+    ranks = read_ranks(data)
+    name = special_tokens if isinstance(special_tokens, str) else recognised(ranks)
+    known = None if name is None else published(name, len(ranks))
+    if pattern is None and known is None:
+        raise ValueError(
+            "a rank file does not say its pattern: name it (pattern=… in Python, --pattern gpt4), "
+            "or whose file it is (special_tokens=… , --special llama4)"
+        )
+    pattern = pattern or known.pattern
+    special = known.special() if known else {}
+    if special_tokens is not None and special_tokens != name:
+        special = ids_of_special(special_tokens, max(ranks.values()) + 1)
+    pipeline = bytes_pipeline(PATTERNS.get(pattern, pattern))
+    pipeline.added = [AddedToken(i, content) for content, i in special.items()]
+    tokenizer = BPE(ranks, None, pipeline, ranks=ranks, whole_first=True)
+    if special_tokens is None and name in OTHERS:
+        tokenizer.notes.append(OTHERS[name])
+    return tokenizer
+
+
+def read_ranks(data: bytes) -> dict[str, int]:
+    """Piece → rank. Raises ValueError naming the line if one is damaged or a byte is missing."""
     ranks: dict[str, int] = {}
     for number, line in enumerate(data.rstrip(b"\n").split(b"\n"), 1):
         match = RANK_LINE.fullmatch(line)
         if not match:
             raise ValueError(f"line {number} is not a base64 token and a rank")
         try:
-            piece = bytes_to_chars(base64.b64decode(match[1], validate=True))
+            coded = b"" if match[1] == b"=" else match[1]
+            piece = bytes_to_chars(base64.b64decode(coded, validate=True))
         except binascii.Error as error:
             raise ValueError(f"line {number} is not base64: {error}") from None
         if piece in ranks:
@@ -52,15 +71,25 @@ def read_tiktoken(data: bytes, pattern: str | None = None, special_tokens=None) 
         ranks[piece] = int(match[2])
     if missing := [b for b, char in enumerate(BYTE_TO_CHAR) if char not in ranks]:
         raise ValueError(f"the byte 0x{missing[0]:02X} has no rank")
-    known, special = KNOWN.get(len(ranks), (None, {}))
-    if pattern is None and known is None:
-        raise ValueError(
-            "a rank file does not say its pattern: name it (pattern=… in Python, --pattern gpt4)"
-        )
-    pipeline = bytes_pipeline(PATTERNS.get(pattern or known, pattern or known))
-    special = special if special_tokens is None else special_tokens
-    pipeline.added = [AddedToken(i, content) for content, i in special.items()]
-    return BPE(ranks, None, pipeline, ranks=ranks, whole_first=True)
+    return ranks
+
+
+def published(name: str, size: int) -> Published:
+    """The published vocabulary of that name; ValueError if there is none or it has another size."""
+    if name not in PUBLISHED:
+        raise ValueError(f"no vocabulary {name!r} is known by name: {', '.join(PUBLISHED)} are")
+    if PUBLISHED[name].ranks != size:
+        raise ValueError(f"{name} has {PUBLISHED[name].ranks:,} ranks, this file has {size:,}")
+    return PUBLISHED[name]
+
+
+def ids_of_special(special_tokens: dict[str, int] | Iterable[str], first: int) -> dict[str, int]:
+    """Text → id: as given, or one after the other from `first`."""
+    if not isinstance(special_tokens, dict):
+        return {text: first + i for i, text in enumerate(special_tokens)}
+    if any(type(i) is not int or i < 0 or not text for text, i in special_tokens.items()):
+        raise ValueError("the special tokens are not an object of texts and ids")
+    return special_tokens
 
 
 def recover_merges(ranks: dict[str, int]) -> list[tuple[str, str]]:
@@ -103,7 +132,7 @@ def write_tiktoken(tokenizer: Tokenizer) -> bytes:
     if tokenizer.merges is not None and recover_merges(ranks) != tokenizer.merges:
         raise ValueError("the merges are not in the order of the ids, which is all ranks can say")
     lines = [
-        base64.b64encode(chars_to_bytes(piece)) + b" %d\n" % rank
+        (base64.b64encode(chars_to_bytes(piece)) or b"=") + b" %d\n" % rank
         for piece, rank in sorted(ranks.items(), key=lambda item: item[1])
     ]
     return b"".join(lines)
@@ -112,30 +141,49 @@ def write_tiktoken(tokenizer: Tokenizer) -> bytes:
 # ---- GPT-2 ----
 
 
-def read_gpt2(merges_text: str, vocab: dict | None = None) -> BPE:
-    """`vocab.bpe` (merges), with `encoder.json` (piece → id) or without.
+def read_gpt2(
+    merges_text: str, vocab: dict | None = None, added: dict | None = None, special_tokens=None
+) -> BPE:
+    """GPT-2's pair: the merges (`vocab.bpe`, `merges.txt`) and piece → id (`encoder.json`, …).
 
-    Without it the ids are those of GPT-2: bytes in the order of their characters, then one a merge,
-    then <|endoftext|>.
+    The first line of the merges may be a "#version". Without the ids the file must be GPT-2's own:
+    bytes in the order of their characters, then one a merge, then <|endoftext|>. Special are
+    <|endoftext|>, what `added` (the contents of `added_tokens.json`) and `special_tokens` name, and
+    every piece of `vocab` that is written <…> or […] and that no merge makes.
     """
-    lines = merges_text.rstrip("\n").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+    lines = [line.removesuffix("\r") for line in merges_text.rstrip("\n").split("\n")]
+    lines = lines[1:] if lines[0].startswith("#version") else lines
+    merges = [tuple(line.split(" ")) for line in lines if line]
     if bad := next((m for m in merges if len(m) != 2 or not all(m)), None):
         raise ValueError(f"{' '.join(bad)!r} is not a pair of pieces")
-    if vocab is None:
-        pieces = [*sorted(BYTE_TO_CHAR, key=lambda c: (ord(c) > 255, ord(c)))]
-        pieces += [a + b for a, b in merges]
-        vocab = {piece: i for i, piece in enumerate([*pieces, END])}
-        if len(vocab) != len(pieces) + 1:
-            raise ValueError("two merges make the same piece: encoder.json must say the ids")
+    vocab = gpt2_ids(merges) if vocab is None else vocab
     check_vocab(vocab)
     check_merges(merges, vocab)
+    made = {a + b for a, b in merges}
+    special = {p: i for p, i in vocab.items() if p not in made and re.fullmatch(r"<.+>|\[.+\]", p)}
+    special |= ids_of_special(added or {}, 0)
+    special |= ids_of_special(special_tokens or {}, max([*vocab.values(), *special.values()]) + 1)
     pipeline = Pipeline(
         pre_tokenizer={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
         decoder={"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        added=[AddedToken(vocab[END], END)] if END in vocab else [],
+        added=[AddedToken(i, content) for content, i in special.items()],
     )
     return BPE(vocab, merges, pipeline)
+
+
+def gpt2_ids(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """The ids that GPT-2's own merges have; ValueError for any others."""
+    if len(merges) != GPT2_MERGES:
+        raise ValueError(
+            "these merges are not GPT-2's own, so the ids must stand beside them, in vocab.json or "
+            "encoder.json"
+        )
+    pieces = [*sorted(BYTE_TO_CHAR, key=lambda c: (ord(c) > 255, ord(c)))]
+    pieces += [a + b for a, b in merges]
+    vocab = {piece: i for i, piece in enumerate([*pieces, END])}
+    if len(vocab) != len(pieces) + 1:
+        raise ValueError("two merges make the same piece: encoder.json must say the ids")
+    return vocab
 
 
 def write_gpt2(tokenizer: Tokenizer) -> tuple[str, dict[str, int]]:
@@ -264,7 +312,7 @@ def template(spec: dict | None, vocab: dict[str, int]) -> tuple[tuple[int, ...],
 
 def read_tokenizer_json(data: dict) -> Tokenizer:
     """Hugging Face's `tokenizer.json`, parsed: BPE, WordPiece or Unigram."""
-    refuse(data, "a tokenizer.json", truncation=None, padding=None, version="1.0")
+    refuse(data, "a tokenizer.json", version="1.0")
     model = data["model"]
     check_kinds([{k: v for k, v in model.items() if k not in ("vocab", "merges")}])
     check_kinds([data.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")])
@@ -294,6 +342,9 @@ def read_tokenizer_json(data: dict) -> Tokenizer:
     pipeline.prefix, pipeline.suffix = template(data.get("post_processor"), everything)
     for i in pipeline.prefix + pipeline.suffix:
         tokenizer.piece(i)  # ValueError if there is none
+    for name, instead in (("truncation", "truncate"), ("padding", "pad")):
+        if data.get(name) is not None:  # settings of the library's batches, not of the text's ids
+            tokenizer.notes.append(f"the file's {name} is not applied: call {instead}(…) yourself")
     return tokenizer
 
 

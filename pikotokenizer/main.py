@@ -3,69 +3,104 @@
 python main.py --train                         a second; the corpus in data/, 2,048 tokens
 python main.py --encode "Halo, dunia!"         at once; the newest run, or the shipped tokenizer
 python main.py --encode "Halo, dunia!" --tokens --color
-python main.py --decode "72 97 108 111"        at once
+python main.py --decode "39 283 78 11 267 270 1988 0"
 python main.py --explain "perpustakaan"        at once; why is it cut like this?
 python main.py --eval                          a second; bytes a token on held-out text
-python main.py --bench                         a minute; beside tiktoken and tokenizers
+python main.py --bench                         minutes; beside tiktoken, tokenizers, sentencepiece
 python main.py --figures                       half a minute; draws assets/ anew
 python main.py --selfcheck                     seconds; the oracles, on this machine
 python main.py --weights FILE --export FILE2   seconds; tokenizer.json, *.tiktoken, *.model,
-                                               vocab.txt or vocab.bpe, by the name
+                                               vocab.txt, merges.txt or vocab.bpe, by the name
+python main.py --weights tokenizer.model --special llama3 --encode "<|begin_of_text|>Halo"
+                                               a downloaded rank file, and whose it is
 """
 
 import argparse
+import functools
 import json
+import os
 from pathlib import Path
 
 import run
 import show
 from base import Tokenizer
 from data import load_texts, read_text, split_lines
-from run import UserError, say
+from options import (
+    Parser,
+    UserError,
+    add_options,
+    add_verbs,
+    command_line,
+    dispatch,
+    from_options,
+    say,
+    utf8_text,
+)
 from tokenizer import load, save
-from train import TrainConfig, measure, started_with, train
+from train import TrainConfig, absolute, measure, started_with, train
 
 HERE = Path(__file__).resolve().parent
 
 
 def parser() -> argparse.ArgumentParser:
     """All verbs and options."""
-    parser = run.Parser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verbs = parser.add_argument_group("What to do, see above")
-    for verb in ("train", "eval", "bench", "figures", "selfcheck"):
-        verbs.add_argument(f"--{verb}", action="store_true")
+    parser = Parser(__doc__)
+    verbs = add_verbs(parser, "train", "eval", "bench", "figures", "selfcheck")
+    add = functools.partial(verbs.add_argument, type=utf8_text)
     text = verbs.add_mutually_exclusive_group()
-    text.add_argument("--encode", metavar="TEXT", help="print its ids")
+    text.add_argument("--encode", type=utf8_text, metavar="TEXT", help="print its ids")
     text.add_argument("--encode-file", metavar="FILE", help="print the ids of a text file")
-    verbs.add_argument("--decode", metavar="IDS", help="print the text of ids like '72 101'")
-    verbs.add_argument("--explain", metavar="WORD", help="say why it is cut as it is")
-    verbs.add_argument("--export", metavar="FILE", help="write the tokenizer, format by the name")
-    verbs.add_argument("--weights", metavar="PATH", help="a run, or a file in any of the formats")
-    verbs.add_argument(
-        "--resume", action="store_true", help="with --train: extend the BPE in --out"
-    )
+    add("--decode", metavar="IDS", help="print the text of ids like '72 101'")
+    add("--explain", metavar="WORD", help="say why it is cut as it is")
+    add("--export", metavar="FILE", help="write the tokenizer as a new file, format by the name")
+    add("--weights", metavar="PATH", help="a run, or a file in any of the formats")
     verbs.add_argument("--tokens", action="store_true", help="print pieces instead of ids")
     verbs.add_argument("--color", action="store_true", help="print the text with coloured tokens")
-    verbs.add_argument("--html", metavar="FILE", help="write the coloured text as a page")
-    verbs.add_argument(
-        "--special", action="store_true", help="special tokens in TEXT count as such"
+    add("--html", metavar="FILE", help="write the coloured text as a page")
+    which = (
+        "special tokens in TEXT count as such; for a rank file: whose they are (llama3, llama4, "
     )
-    run.add_options(parser, TrainConfig)
+    which += 'whisper-v3 …), or which ({"<|end|>": 300}, also as a JSON file)'
+    add("--special", metavar="WHICH", nargs="?", const="", help=which.replace("%", "%%"))
+    add_options(parser, TrainConfig)
     return parser
+
+
+def mendable(work):
+    """`work`, with what the library refuses (a ValueError with a sentence) told as a UserError."""
+
+    @functools.wraps(work)
+    def wrapped(args: argparse.Namespace) -> None:
+        try:
+            work(args)
+        except ValueError as error:
+            if type(error) is not ValueError:
+                raise
+            raise UserError(str(error)) from None
+
+    return wrapped
+
+
+def special_tokens(which: str | None):
+    """What --special tells of a rank file: nothing, a name, or an object of texts and ids."""
+    if not which:
+        return None
+    if not which.lstrip().startswith("{"):
+        return run.read_json(Path(which)) if os.path.isfile(which) else which
+    try:
+        return json.loads(which)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--special is no JSON object of texts and ids: {error}") from None
 
 
 def chosen(args: argparse.Namespace) -> tuple[Tokenizer, Path]:
     """--weights, else the newest run, else the tokenizer that ships with the folder."""
-    newest = run.newest_run(HERE / "runs") or HERE / "pretrained"
+    newest = run.newest_run(HERE / "runs", "tokenizer.*") or HERE / "pretrained"
     path = Path(newest if args.weights is None else args.weights)
     if not path.exists():
         raise UserError(f"--weights {path} does not exist: give a run or a tokenizer file")
     say(f"weights    {path}")
-    return load(path, getattr(args, "pattern", None)), path
+    return load(path, getattr(args, "pattern", None), special_tokens(args.special)), path
 
 
 def do_train(args: argparse.Namespace) -> None:
@@ -73,26 +108,41 @@ def do_train(args: argparse.Namespace) -> None:
     base = TrainConfig()
     if args.resume:
         base = started_with(Path(getattr(args, "out", base.out)))
-    config = run.from_options(base, args)
-    if args.resume and (config.algorithm, config.pattern) != (base.algorithm, base.pattern):
+    config = from_options(base, args)
+    fixed = (base.algorithm, base.pattern)
+    if args.resume and (config.algorithm, config.pattern) != fixed:
         raise UserError(f"the run has --algorithm {base.algorithm} --pattern {base.pattern!r}: "
                         "leave them out to resume it")  # fmt: skip
     train(config, args.resume)
     args.weights = args.weights or config.out
 
 
+def held_out_of(path: Path, args: argparse.Namespace) -> tuple[dict[str, str], str]:
+    """The texts to score a tokenizer on, and what they are.
+
+    What it was trained on is never scored as if it were new: of the run's own data only the lines
+    that were held out. Other data is scored whole.
+    """
+    config = started_with(path) if (path / "config.json").is_file() else TrainConfig()
+    source = absolute(getattr(args, "data", config.data))
+    texts, name = load_texts(source), source or "data"
+    if source != config.data:
+        return texts, f"{name} (all of it)"
+    if not config.held_out:
+        return texts, f"{name} (what it was trained on)"
+    parts = {key: "".join(split_lines(text, config.held_out)[1]) for key, text in texts.items()}
+    return parts, f"{name} (held out)"
+
+
 def do_eval(args: argparse.Namespace) -> None:
     """Score held-out text; the last line is JSON."""
     tokenizer, path = chosen(args)
-    source = getattr(args, "data", None)
-    texts = load_texts(source)
-    if source is None:  # the default corpus was trained on: measure on what was held out of it
-        texts = {name: "".join(split_lines(text)[1]) for name, text in texts.items()}
+    texts, what = held_out_of(path, args)
     score = measure(tokenizer, texts)
     for name, row in score["languages"].items():
         print(f"{name:12s} {row['bytes_per_token']:6.3f} bytes a token, "
               f"{row['tokens_per_word']:6.3f} tokens a word")  # fmt: skip
-    print(json.dumps({"weights": str(path), "data": source or "data (held out)"} | score))
+    print(json.dumps({"weights": str(path), "data": what} | score))
 
 
 def do_encode(args: argparse.Namespace) -> None:
@@ -100,16 +150,23 @@ def do_encode(args: argparse.Namespace) -> None:
     tokenizer, _ = chosen(args)
     text = args.encode if args.encode is not None else read_text(Path(args.encode_file))
     if args.html:
-        run.write_whole(Path(args.html), show.page(tokenizer, text).encode("utf-8"))
-        say(f"page       {args.html}")
+        write_page(Path(args.html), show.page(tokenizer, text))
     if args.color:
         print(show.coloured(tokenizer, text))
         return
-    ids = tokenizer.encode(text, "all" if args.special else ())
+    ids = tokenizer.encode(text, () if args.special is None else "all")
     if args.tokens:
         print(" ".join(show.readable(tokenizer, tokenizer.pieces[i]) for i in ids))
     else:
         print(" ".join(map(str, ids)))
+
+
+def write_page(path: Path, page: str) -> None:
+    """Write --html, over nothing but a page that came from here."""
+    if path.exists() and not (path.is_file() and path.read_bytes().startswith(show.PAGE_HEAD)):
+        raise UserError(f"--html {path} exists and is no page of ours: choose another name")
+    run.write_text(path, page)
+    say(f"page       {path}")
 
 
 def do_decode(args: argparse.Namespace) -> None:
@@ -128,9 +185,11 @@ def do_explain(args: argparse.Namespace) -> None:
 
 
 def do_export(args: argparse.Namespace) -> None:
-    """Write the tokenizer in another format."""
+    """Write the tokenizer in another format, as new files only."""
+    if run.is_run(Path(args.export).absolute().parent):
+        raise UserError(f"--export {args.export} is inside a run: name a place outside")
     tokenizer, _ = chosen(args)
-    for file in save(tokenizer, args.export):
+    for file in save(tokenizer, args.export, new=True):
         say(f"exported   {file}")
     if args.export.endswith(".tiktoken"):
         say(
@@ -138,41 +197,15 @@ def do_export(args: argparse.Namespace) -> None:
         )
 
 
-def do_bench(args: argparse.Namespace) -> None:
-    import bench
-
-    bench.main(getattr(args, "data", None))
-
-
-def do_figures(args: argparse.Namespace) -> None:
-    import figures
-
-    figures.main()
-
-
-def do_selfcheck(args: argparse.Namespace) -> None:
-    import selfcheck
-
-    selfcheck.main()
-
-
 def main() -> None:
     """Do what the command line says, in the order of the help."""
-    everything = parser()
-    args = everything.parse_args()
-    if args.resume and not args.train:
-        raise UserError("--resume goes with --train")
     work = {
         "train": do_train, "encode": do_encode, "encode_file": do_encode, "decode": do_decode,
-        "explain": do_explain, "eval": do_eval, "bench": do_bench, "figures": do_figures,
-        "selfcheck": do_selfcheck, "export": do_export,
+        "explain": do_explain, "eval": do_eval, "export": do_export,
     }  # fmt: skip
-    wanted = [verb for verb in work if getattr(args, verb) not in (None, False)]
-    if not wanted:
-        everything.print_help()
-    for verb in wanted:
-        work[verb](args)
+    modules = {name: name for name in ("bench", "figures", "selfcheck")}
+    dispatch(parser(), {verb: mendable(act) for verb, act in work.items()} | modules)
 
 
 if __name__ == "__main__":
-    run.command_line(main)
+    command_line(main)

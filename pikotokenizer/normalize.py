@@ -13,7 +13,7 @@ import base64
 import re
 import struct
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import numpy as np
@@ -157,19 +157,44 @@ class CharsMap:
 
     MAX_KEY = 64  # bytes; the longest key of NFKC has 12
 
-    def __init__(self, blob: bytes):
+    def __init__(self, blob: bytes, keep: Iterable[str] = ()):
+        """keep: texts that stay as they are (SentencePiece's user-defined pieces)."""
         size = struct.unpack_from("<I", blob)[0] if len(blob) >= 4 else -1
         if size < 4 or size % 4 or 4 + size > len(blob):
             raise ValueError("the character map is truncated")
         units = np.frombuffer(blob, "<u4", size // 4, 4).astype(np.int64)
-        self.labels = (units & 0x800000FF).tolist()  # a value has bit 31 set: nobody's child
-        self.offsets = ((units >> 10) << ((units & 0x200) >> 6)).tolist()
-        self.ends = (units & 0x100).tolist()
+        self.units = units & 0x800000FF, (units >> 10) << ((units & 0x200) >> 6), units & 0x100
+        self.labels = self.units[0].tolist()  # a value has bit 31 set: nobody's child
+        self.offsets, self.ends = self.units[1].tolist(), self.units[2].tolist()
         self.values = (units & 0x7FFFFFFF).tolist()
         self.texts = blob[4 + size :]
         self.replacement = lru_cache(1 << 16)(self.text_at)
-        firsts = "".join(map(re.escape, sorted(self.first_characters())))
-        self.starts = re.compile(f"[{firsts}]") if firsts else re.compile(r"(?!)")
+        first = self.characters_after([self.offsets[0]])
+        then = self.characters_after([node for _, _, node, _ in first])
+        self.single = {char for _, char, _, ends in first if ends}
+        self.longer = {first[origin][1] for origin, *_ in then}
+        self.second = {char for _, char, _, _ in then}
+        self.keep = "|".join(map(re.escape, sorted(keep, key=len, reverse=True))) or "(?!)"
+        self.starts = lru_cache(None)(self._starts)
+
+    def _starts(self, top: str) -> re.Pattern:
+        """Where a key may begin in a text without characters above `top`.
+
+        There stands a kept text, a character that is a key, or one that with the next may begin
+        one. (`re` tries characters above U+FFFF one by one, so texts without them do without.)
+        """
+        single, longer, second = (
+            "".join(re.escape(c) for c in sorted(chars) if c <= top)
+            for chars in (self.single, self.longer, self.second)
+        )
+        parts = [f"(?P<keep>{self.keep})"]
+        parts += [f"[{single}]"] if single else []
+        parts += [f"[{longer}](?=[{second}])"] if longer and second else []
+        return re.compile("|".join(parts))
+
+    def between_spaces(self) -> bool:
+        """Whether no key holds a space, so that what stands between two is mapped alone."""
+        return not bool((self.units[0] == 0x20).any())
 
     def text_at(self, at: int) -> str:
         end = self.texts.find(b"\0", at)
@@ -177,21 +202,26 @@ class CharsMap:
             raise ValueError("the character map points outside itself")
         return self.texts[at:end].decode("utf-8")
 
-    def children(self, node: int) -> list[tuple[int, int]]:
-        """(byte, the node it leads to) of the node with offset `node`."""
-        n = len(self.labels)
-        found = ((b, node ^ b) for b in range(1, 256))
-        return [(b, at ^ self.offsets[at]) for b, at in found if at < n and self.labels[at] == b]
+    def characters_after(self, nodes: list[int]) -> list[tuple[int, str, int, bool]]:
+        """(index of the node, character, the node it leads to, does a key end there) for all.
 
-    def first_characters(self) -> set[str]:
-        """The characters that keys begin with: elsewhere in a text there is nothing to look up."""
-        found: set[str] = set()
-        level = [(b"", self.offsets[0])]
-        for size in range(1, 5):
-            level = [(k + bytes([b]), to) for k, at in level for b, to in self.children(at)]
-            whole = [k for k, _ in level if size == utf8_size(k[0])]
-            found.update(k.decode("utf-8") for k in whole)
-            level = [(k, to) for k, to in level if size < utf8_size(k[0])]
+        All nodes of a level take a byte at once.
+        """
+        labels, offsets, ends = self.units
+        found, level = [], [(i, b"", node) for i, node in enumerate(nodes)]
+        for _ in range(4):
+            at = np.array([node for _, _, node in level], np.int64)[:, None] ^ np.arange(1, 256)
+            inside = np.minimum(at, len(labels) - 1)
+            rows, columns = np.nonzero((at < len(labels)) & (labels[inside] == np.arange(1, 256)))
+            units, before, level = at[rows, columns], level, []
+            columns = zip(rows.tolist(), (columns + 1).tolist(), (units ^ offsets[units]).tolist(),
+                          ends[units].tolist(), strict=True)  # fmt: skip
+            for row, byte, node, end in columns:
+                origin, key = before[row][0], before[row][1] + bytes([byte])
+                if len(key) == utf8_size(key[0]):
+                    found.append((origin, key.decode("utf-8"), node, bool(end)))
+                else:
+                    level.append((origin, key, node))
         return found
 
     def match(self, text: str, shortest: bool = False) -> tuple[int, str] | None:
@@ -212,13 +242,13 @@ class CharsMap:
 
     def __call__(self, text: str) -> str:
         """`text` with the longest key at each position replaced, left to right."""
-        out, end = [], 0
-        while found := self.starts.search(text, end):
+        starts, out, end = self.starts(plane(text)), [], 0
+        while found := starts.search(text, end):
             at = found.start()
-            key = self.match(text[at : at + self.MAX_KEY])
+            key = None if found["keep"] else self.match(text[at : at + self.MAX_KEY])
             if key is None:
-                out.append(text[end : at + 1])
-                end = at + 1
+                out.append(text[end : found.end()])
+                end = found.end()
             else:
                 out += [text[end:at], key[1]]
                 end = at + len(text[at : at + key[0]].encode("utf-8")[: key[0]].decode("utf-8"))
@@ -238,6 +268,16 @@ class CharsMap:
             else:
                 out.append(whole[1])
         return "".join(out)
+
+
+def plane(text: str) -> str:
+    """The last character of ASCII, of plane 0 or of Unicode: the first that no character exceeds.
+
+    A regex for the first or second is far faster than one for all.
+    """
+    if text.isascii():
+        return "\x7f"
+    return "\uffff" if max(text) <= "\uffff" else chr(LAST)
 
 
 def utf8_size(lead: int) -> int:
@@ -347,7 +387,13 @@ def normalizer(spec: dict | None) -> Callable[[str], str]:
 
 def charsmap_of(spec: dict) -> Callable[[str], str]:
     """The character map in the description of a SentencePiece normalizer."""
-    return CharsMap(base64.b64decode(spec["charsmap"])) if spec["charsmap"] else str
+    return char_map(spec["charsmap"], tuple(spec.get("keep", ()))) if spec["charsmap"] else str
+
+
+@lru_cache(8)
+def char_map(blob: str, keep: tuple[str, ...]) -> CharsMap:
+    """The character map of a base64 text, made once."""
+    return CharsMap(base64.b64decode(blob), keep)
 
 
 def sentencepiece(text: str, charsmap: Callable[[str], str], prefix: bool, collapse: bool) -> str:

@@ -132,15 +132,15 @@ def encode_with_offsets(
     A character shared by several tokens (its bytes, or one that normalization split) belongs to
     each of them; what was put in by the tokenizer (▁, [CLS]) has an empty span.
     """
-    text = well_formed(text)
+    text, active = well_formed(text), tokenizer.allowed(allowed_special)
     ids: list[int] = []
     spans: list[Span] = []
-    for part, start, token in tokenizer.parts(text, allowed_special):
+    for part, start, token in tokenizer.parts(text, active):
         if token is not None:
             ids.append(token.id)
             spans.append((start, start + len(part)))
         else:
-            add_part(tokenizer, part, start, ids, spans)
+            add_part(tokenizer, part, start, active, ids, spans)
     if add_special_tokens:
         before, after = tokenizer.pipeline.prefix, tokenizer.pipeline.suffix
         ids = [*before, *ids, *after]
@@ -148,12 +148,12 @@ def encode_with_offsets(
     return ids, spans
 
 
-def add_part(tokenizer, part: str, start: int, ids: list[int], spans: list[Span]) -> None:
+def add_part(tokenizer, part: str, start: int, active, ids: list[int], spans) -> None:
     """Appends the tokens of text without (other) special tokens."""
     normal, origin = normalize_with_origin(tokenizer.pipeline.normalizer, part)
     mark = put_in(tokenizer.pipeline.pre_tokenizer)
     marked = normal.replace(" ", mark) if mark else normal
-    for piece, at, token in tokenizer.normalized_parts(normal):
+    for piece, at, token in tokenizer.normalized_parts(normal, active):
         if token is not None:
             ids.append(token.id)
             spans.append(cover(origin[at : at + len(piece)] or [(len(part), len(part))], start))

@@ -115,6 +115,11 @@ def metaspace(text: str, first: bool, mark: str, scheme: str, cut: bool) -> list
     return re.findall(f"{re.escape(mark)}[^{re.escape(mark)}]*|[^{re.escape(mark)}]+", text)
 
 
+def whole(text: str, first: bool) -> list[str]:
+    """No cut at all."""
+    return [text] if text else []
+
+
 def byte_level(text: str, first: bool, prefix_space: bool, splitter: Splitter | None) -> list[str]:
     """GPT-2's: the pattern's words; the bytes are the model's business (`BPE.byte_level`)."""
     if prefix_space and text and not text.startswith(" "):
@@ -123,7 +128,7 @@ def byte_level(text: str, first: bool, prefix_space: bool, splitter: Splitter | 
 
 
 def in_turn(steps: list[Split], text: str, first: bool) -> list[str]:
-    words = [text] if text else []
+    words = whole(text, first)
     for step in steps:
         words = [w for i, word in enumerate(words) for w in step(word, first and i == 0)]
     return words
@@ -133,11 +138,15 @@ def pre_tokenizer(spec: dict | None) -> Split:
     """The function that a pre-tokenizer's description stands for; ValueError if unsupported."""
     kind = spec["type"] if spec else None
     if kind is None:
-        return lambda text, first: [text] if text else []
+        return whole
     if kind == "Sequence":
-        return partial(in_turn, [pre_tokenizer(step) for step in spec["pretokenizers"]])
+        steps = [pre_tokenizer(step) for step in spec["pretokenizers"]]
+        changing = [step for step in steps if step is not whole]
+        return changing[0] if len(changing) == 1 else partial(in_turn, changing)
     if kind == "ByteLevel":
         splitter = Splitter(PATTERNS["gpt2"]) if spec.get("use_regex", True) else None
+        if not splitter and not spec["add_prefix_space"]:
+            return whole
         return partial(byte_level, prefix_space=spec["add_prefix_space"], splitter=splitter)
     if kind == "Split":
         return by_pattern(spec)

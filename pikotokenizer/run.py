@@ -1,158 +1,301 @@
-"""The machinery no reader came for: options from dataclasses, complaints, whole files, runs.
+"""Runs: a directory each, in which every file is there whole or not at all.
 
-The same names and manners as in Piko's other folders, less what needs torch: this folder runs on
-the standard library and numpy.
+    read_json      the one reader of JSON, for files that anybody may have written
+    whole_file     a file that appears in one step, or never
+    RunDirectory   what a run leaves behind; a former run is kept, and nothing else is ever harmed
+    stop_signals   Ctrl-C ends the step that runs, then saves
+
+This file is the same in every folder of Piko. It imports numpy, filelock and the standard library,
+and nothing in it knows a model.
 """
 
-import argparse
-import dataclasses
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import shutil
 import signal
-import sys
-import types
-import typing
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import numpy as np
 
+from options import UserError, rank_asked, say
 
-class UserError(Exception):
-    """Something that the user can mend. The message names the thing and the mend in one line."""
-
-
-def say(text: str = "") -> None:
-    """Print to stderr: stdout is for results alone."""
-    print(text, file=sys.stderr, flush=True)
+LARGEST_JSON = 1 << 28  # bytes; the largest tokenizer.json that we know has 35 million
 
 
-def command_line(main) -> None:
-    """Run `main()` and exit: 0, or 2 after one line for a UserError, or 130 after Ctrl-C."""
-    for stream in (sys.stdout, sys.stderr):  # Windows consoles are not UTF-8 by default
-        stream.reconfigure(encoding="utf-8", errors="replace")
-    try:
-        main()
-        sys.stdout.flush()
-    except (UserError, ValueError) as error:
-        say("error: " + " ".join(str(error).split()))
-        sys.exit(2)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader of our stdout left: `… | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return
-        say(f"error: {error.filename or 'file'}: {error.strerror or error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+# ── Files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that complains like everything else here: one line, exit code 2."""
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` in one step, on disk, or never.
 
-    def error(self, message: str):
-        raise UserError(f"{message} (`python main.py` lists the options)")
-
-
-def option(default, help: str, choices: tuple | None = None):
-    """A dataclass field that is also a command-line flag."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
-
-
-def add_options(parser: argparse.ArgumentParser, *configs: type) -> None:
-    """A flag for each field of the dataclasses `configs`; no flag has a default of its own."""
-    for config in configs:
-        group = parser.add_argument_group(config.__doc__.splitlines()[0].rstrip("."))
-        for field in dataclasses.fields(config):
-            kind = field.type
-            if isinstance(kind, types.UnionType):  # int | None
-                kind = next(k for k in typing.get_args(kind) if k is not types.NoneType)
-            how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-            if kind is not bool:
-                choices = field.metadata.get("choices")
-                how |= {"choices": choices} if choices else {"metavar": kind.__name__.upper()}
-            text = field.metadata["help"].replace("%", "%%") + f" (default {field.default})"
-            flag = "--" + field.name.replace("_", "-")
-            group.add_argument(flag, default=argparse.SUPPRESS, help=text, **how)
-
-
-def from_options(base, args: argparse.Namespace):
-    """`base` with what stands on the command line. UserError if it cannot be."""
-    names = {field.name for field in dataclasses.fields(base)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    try:
-        return dataclasses.replace(base, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    UserError where it cannot be written, say because the disk is full.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with whole_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path, optional: bool = False) -> dict:
+    """The object in a JSON file; {} if it is optional and not there. UserError if it is unfit."""
+    try:
+        if optional and not path.exists():
+            return {}
+        if not path.is_file():
+            raise UserError(f"{path} is missing or no file")
+        if path.stat().st_size > LARGEST_JSON:
+            raise UserError(f"{path} is larger than {LARGEST_JSON:,} bytes: that is no config")
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, 5,000 digits, 5,000 levels
+        raise UserError(f"{path} is damaged or no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return value
+
+
+# ── Runs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class RunDirectory:
-    """The files of one run.
+    """The directory of one run. Only rank 0 writes.
 
-    config.json       what was run, with the versions it ran on
-    log.jsonl         a line for each merge or EM step
-    tokenizer.json    the tokenizer (Unigram: tokenizer.model)
+    config.json         what was run, with the versions of Python and of the libraries
+    log.jsonl           a line for each logged step
+    model.safetensors   the weights that were best on the validation part
+    checkpoint.pt       everything to go on from
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    RESULTS = ("model.safetensors", "checkpoint.*")
+    FILES = (  # what runs leave; a directory with other things in it is never deleted
+        "config.json", "log.jsonl", "*.safetensors", "checkpoint.*", "*.bin", "*.npz", "*.model",
+        "tokenizer*.json", "tokens.json", "alphabet.json", "samples.*", "figures/*.png", ".*.part",
+    )  # fmt: skip
 
-    def start(self) -> None:
-        """Make the directory, so that an --out that cannot be written fails before the work."""
+    def __init__(self, path: str | Path, results: tuple[str, ...] = RESULTS):
+        """results: patterns of what makes a run worth keeping when another takes its place."""
+        if not str(path).strip() or not Path(os.path.abspath(path)).name:
+            raise UserError("--out needs the name of a directory")
+        self.path, self.results = Path(os.path.abspath(path)), results
+        self.config, self.log_file = self.path / "config.json", self.path / "log.jsonl"
+        self.weights, self.checkpoint = self.path / "model.safetensors", self.path / "checkpoint.pt"
+        self.writes = rank_asked() == 0
+
+    @property
+    def previous(self) -> Path:
+        """Where the former run is kept."""
+        return self.path.with_name(self.path.name + ".previous")
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one who writes to this run; sweep up what a killed one left half written.
+
+        UserError if another training writes there.
+        """
+        if not self.writes:
+            yield
+            return
+        with only_writer(self.path):
+            self.sweep()
+            yield
+
+    def sweep(self) -> None:
+        """Delete what `create` and `whole_file` of a killed process left half done."""
+        half_done = re.compile(rf"\.{re.escape(self.path.name)}\.\d+\.(new|old)")
+        for left in self.path.parent.iterdir():
+            if half_done.fullmatch(left.name):
+                remove_tree(left)
+        for part in self.path.iterdir() if is_run(self.path) else []:
+            if re.fullmatch(r"\..+\.\d+\.part", part.name):
+                part.unlink()
+
+    def refuse_what_is_not_ours(self) -> None:
+        """UserError if a new run could not take this place without harm to something else."""
+        for path in (self.path, self.previous):
+            if os.path.lexists(path) and not is_run(path):
+                raise UserError(f"--out: {path} exists and is no run: choose another name")
+        if os.path.lexists(self.path) and (found := self.not_ours(self.to_be_deleted())):
+            raise UserError(f"{found.parent} is to be replaced, but holds {found.name}: move it")
+
+    def to_be_deleted(self) -> Path:
+        """The former run if it has no result yet, else the one before it."""
+        has_result = any(list(self.path.glob(pattern)) for pattern in self.results)
+        return self.previous if has_result else self.path
+
+    def not_ours(self, folder: Path) -> Path | None:
+        """A file in `folder` that no run left there."""
+        ours = {file for pattern in self.FILES for file in folder.glob(pattern)}
+        files = {file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()}
+        return min(files - ours, default=None)
+
+    def create(self, config: dict, fill: Callable[[Path], None] = lambda folder: None) -> None:
+        """Begin a new run: config.json, an empty log and what `fill(folder)` writes.
+
+        All of it is written beside and takes its place in one step. If anything fails before that,
+        nothing has changed. A former run in this place is kept, once, as `previous`.
+        """
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}.new")
+        old = new.with_suffix(".old")
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".part"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"cannot write a run to --out {self.path}: {error.strerror}") from None
+            new.mkdir(parents=True)
+            RunDirectory(new).save_config(config)
+            (new / "log.jsonl").touch()
+            fill(new)
+            self.refuse_what_is_not_ours()
+            if os.path.lexists(self.path):
+                with only_writer(self.previous):
+                    self.make_room(old)
+            os.rename(new, self.path)
+        finally:
+            for left in (new, old):
+                if os.path.lexists(left):
+                    remove_tree(left)
 
-    def save(self, config: dict, log: list[dict]) -> None:
-        """Write config.json and log.jsonl."""
+    def make_room(self, old: Path) -> None:
+        """Move the former run to `previous`, and the one before it, or one without result, away."""
+        outdated = self.to_be_deleted()
+        if os.path.lexists(outdated):
+            os.rename(outdated, old)
+        if outdated == self.previous:
+            os.rename(self.path, self.previous)
+            say(f"the former run in {self.path} is kept as {self.previous}")
+
+    def save_config(self, config: dict) -> None:
+        """Write config.json: `config` and the versions it runs on."""
         versions = {"python": platform.python_version(), "numpy": np.__version__}
-        content = json.dumps(config | {"versions": versions}, indent=2, default=str) + "\n"
-        write_whole(self.path / "config.json", content.encode("utf-8"))
-        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in log)
-        write_whole(self.path / "log.jsonl", lines.encode("utf-8"))
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["torch"] = importlib.metadata.version("torch")
+        versions["platform"] = platform.platform()
+        write_json(self.config, config | {"versions": versions})
 
-
-def newest_run(folder: Path) -> Path | None:
-    """The directory below `folder` whose tokenizer is the newest."""
-    found = [*folder.glob("*/tokenizer.json"), *folder.glob("*/tokenizer.model")]
-    newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
-    return newest and newest.parent
-
-
-class CtrlC:
-    """Within `with CtrlC() as stop`, stop() says whether Ctrl-C came; a second one ends at once."""
-
-    def __enter__(self):
-        self.asked: list[int] = []
+    def log(self, **line) -> None:
+        """Append one line of numbers to log.jsonl."""
+        if not self.writes:
+            return
         try:
-            self.previous = signal.signal(signal.SIGINT, self.note)
-        except ValueError:  # not in the main thread, where no signal arrives
-            self.previous = None
-        return lambda: bool(self.asked)
+            with open(self.log_file, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_file}: {error.strerror}") from None
 
-    def note(self, number, frame) -> None:
-        self.asked.append(number)
-        signal.signal(number, self.previous)
+    def history(self) -> list[dict]:
+        """The logged lines. What is no line of ours, such as one cut short, is passed over."""
+        lines = []
+        if self.log_file.exists():
+            for text in self.log_file.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and type(line.get("step")) is int:
+                        lines += [line] if isinstance(line.get("split"), str) else []
+        return lines
 
-    def __exit__(self, *_) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGINT, self.previous)
+    def truncate_log(self, step: int) -> None:
+        """Forget the lines after `step`: a resumed run will write them again."""
+        if self.writes:
+            kept = [line for line in self.history() if line["step"] <= step]
+            write_text(self.log_file, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+@contextlib.contextmanager
+def only_writer(path: Path) -> Iterator[None]:
+    """Hold the lock of a run directory. UserError if somebody else does."""
+    real = Path(os.path.realpath(path))  # one lock, whatever link leads there
+    real.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(real.with_name(f".{real.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another training writes to {path}: take another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_run(path: Path) -> bool:
+    """Is this the directory of a run, to judge by its config.json?"""
+    with contextlib.suppress(UserError):
+        return {"train", "versions"} <= read_json(path / "config.json").keys()
+    return False
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a directory, or the link to one."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def newest_run(folder: Path, result: str = "model.safetensors") -> Path | None:
+    """The run below `folder` whose `result` is the newest."""
+    found = [file for file in folder.glob(f"*/{result}") if not file.parent.name.startswith(".")]
+    return max(found, key=lambda file: file.stat().st_mtime).parent if found else None
+
+
+def place_to_export(folder: str) -> Path:
+    """The folder to export to. UserError unless it is new or empty: nothing is written over."""
+    path = Path(os.path.abspath(folder))
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"--export {folder}: name a new folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--export {folder}: there is something in it; name a new folder")
+    if any(is_run(parent) for parent in path.parents):
+        raise UserError(f"--export {folder}: this is inside of a run; name a new folder elsewhere")
+    return path
+
+
+# ── Stopping ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether Ctrl-C, a polite kill or a hang-up of the terminal came.
+
+    The same signal a second time does what it always does: it ends the program at once.
+    """
+    came = []
+
+    def note(number, frame):
+        came.append(number)
+        signal.signal(number, usual[number])
+
+    in_main_thread = threading.current_thread() is threading.main_thread()  # no other gets signals
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ()
+    wanted = [
+        getattr(signal, name) for name in names if hasattr(signal, name)
+    ]  # not all on Windows
+    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    usual = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -12,7 +12,7 @@ from base import count_words
 from bpe import BPE, merge_long, merge_short, train_merges, train_naive
 from characters import BYTE_TO_CHAR, PATTERNS, ranges_of
 from data import load_texts
-from run import UserError
+from options import UserError
 from unigram import Unigram
 from wordpiece import WordPiece
 
@@ -99,7 +99,7 @@ def check_unicode() -> str:
     return f"Python has Unicode {unicodedata.unidata_version}: {word} the letters of 16 for {names}"
 
 
-def main() -> None:
+def main(args=None) -> None:
     """Runs every check; the first that fails ends it with one line and exit code 2."""
     checks = (check_unicode, check_training, check_merging, check_round_trips, check_wordpiece,
               check_unigram)  # fmt: skip

@@ -17,6 +17,7 @@ from offsets import encode_with_offsets
 from wordpiece import WordPiece
 
 COLOURS = ["#ffd6d6", "#d6e8ff", "#d9f2d0", "#fff2c2", "#ead6ff"]
+PAGE_HEAD = b'<!doctype html><meta charset="utf-8"><title>tokens</title>'  # page() begins so
 ANSI = [101, 104, 102, 103, 105]
 
 
@@ -161,9 +162,7 @@ def page(tokenizer: Tokenizer, text: str) -> str:
         spans.append(f'<span style="background:{colour}" title="{html.escape(tip)}">{shown}</span>')
     style = "font:18px/1.8 monospace;white-space:pre-wrap;margin:2em"
     body = "".join(spans)
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>tokens</title><p style="{style}">{body}</p>\n'
-    )
+    return PAGE_HEAD.decode("ascii") + f'<p style="{style}">{body}</p>\n'
 
 
 # ---- how good is optimal ----

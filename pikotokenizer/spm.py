@@ -12,8 +12,10 @@
 A buffer is a row of fields: a number (field · 8 + wire type) and a value, numbers in base 128 with
 the low digits first. Field numbers: `sentencepiece_model.proto` of google/sentencepiece.
 
-Left out, and refused by name: user-defined and unused pieces, word and character models, ▁ as a
-suffix, denormalizers, another unk_surface.
+A user-defined piece is always cut out whole; an unused one is never given.
+
+Left out, and refused by name: user-defined and unused pieces of BPE, word and character models, ▁
+as a suffix, denormalizers, another unk_surface.
 """
 
 import base64
@@ -102,9 +104,8 @@ def read_pieces(fields: dict[int, list]) -> list[tuple[str, float, int]]:
         kind = last(piece, 3, NORMAL)
         if not math.isfinite(score):
             raise ValueError(f"the score of piece {text!r} is not finite")
-        if kind in (USER_DEFINED, UNUSED) or not NORMAL <= kind <= BYTE:
-            name = {USER_DEFINED: "user-defined", UNUSED: "unused"}.get(kind, f"type-{kind}")
-            raise ValueError(f"the {name} piece {text!r} is not supported")
+        if not NORMAL <= kind <= BYTE:
+            raise ValueError(f"the type-{kind} piece {text!r} is not supported")
         if not text:
             raise ValueError(f"piece {len(pieces)} is empty")
         pieces.append((text, score, kind))
@@ -128,21 +129,29 @@ def read_model(data: bytes) -> BPE | Unigram:
     unknown = [i for i, (_, _, kind) in enumerate(pieces) if kind == UNKNOWN]
     if len(vocab) != len(pieces) or len(unknown) != 1:
         raise ValueError("pieces are repeated, or there is not exactly one unknown piece")
+    user = [i for i, (_, _, kind) in enumerate(pieces) if kind == USER_DEFINED]
     pipeline = sentencepiece_pipeline(
         base64.b64encode(last(settings, 2, b"", bytes)).decode("ascii"),
         bool(last(settings, 3, 1)),
         bool(last(settings, 4, 1)),
+        [pieces[i][0] for i in user],
     )
     named = [(i, text) for i, (text, _, kind) in enumerate(pieces) if kind in (UNKNOWN, CONTROL)]
     pipeline.added = [AddedToken(i, text) for i, text in named]
-    hidden = [i for i, (_, _, kind) in enumerate(pieces) if kind != NORMAL]
+    hidden = [i for i, (_, _, kind) in enumerate(pieces) if kind not in (NORMAL, USER_DEFINED)]
     fallback = bool(last(trainer, 35, 0))
     if {text for text, _, kind in pieces if kind == BYTE} != (set(BYTES) if fallback else set()):
         raise ValueError("the pieces for bytes do not go with byte_fallback")
     scores = [score for _, score, _ in pieces]
     model = last(trainer, 3, UNIGRAM)
     if model == UNIGRAM:
-        return Unigram(vocab, scores, pipeline, unknown[0], fallback, hidden, single=True)
+        return Unigram(
+            vocab, scores, pipeline, unk_id=unknown[0], byte_fallback=fallback, hidden=hidden,
+            single=True, user=user,
+        )  # fmt: skip
+    apart = [text for text, _, kind in pieces if kind in (USER_DEFINED, UNUSED)]
+    if apart:
+        raise ValueError(f"the user-defined or unused piece {apart[0]!r} of a BPE is not supported")
     if model != BYTE_PAIR:
         raise ValueError(f"model type {model} (3: words, 4: characters) is not supported")
     ranks = ranks_of_scores({text: s for text, s, kind in pieces if kind == NORMAL})
@@ -187,6 +196,10 @@ def write_model(tokenizer) -> bytes:
         kind = UNKNOWN if i == unk_id else CONTROL if i in tokenizer.added_ids else NORMAL
         if tokenizer.byte_fallback and i in tokenizer.byte_ids:
             kind = BYTE
+        elif isinstance(tokenizer, Unigram) and i in tokenizer.user:
+            kind = USER_DEFINED
+        elif kind == NORMAL and i in tokenizer.hidden:
+            kind = UNUSED
         piece = field(1, text) + field(2, float(scores[i])) + field(3, kind)
         out.append(field(1, piece))
     model = BYTE_PAIR if isinstance(tokenizer, BPE) else UNIGRAM

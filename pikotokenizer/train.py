@@ -13,12 +13,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import run
 from base import Tokenizer
 from bpe import BPE
 from characters import chars_to_bytes
 from data import load_texts, split_lines
-from run import UserError, option, say
+from options import UserError, check, make_config, option, say
+from run import RunDirectory, read_json, stop_signals, write_text
 from tokenizer import load, save
 from unigram import Unigram
 from wordpiece import WordPiece
@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 # Bytes a token on held-out lines of the default corpus at 2,048 tokens, and how far off is "off".
 EXPECTED = {"bpe": 4.75, "wordpiece": 2.31, "unigram": 5.66}
 TOLERANCE = 0.1
+RESULTS = ("tokenizer.json", "tokenizer.model")  # what makes a run worth keeping
 
 
 @dataclass(frozen=True)
@@ -34,23 +35,27 @@ class TrainConfig:
     """Training options."""
 
     algorithm: str = option("bpe", "what to train", ("bpe", "wordpiece", "unigram"))
-    vocab_size: int = option(2048, "tokens in the vocabulary, all told")
-    pattern: str = option("gpt4", "bpe: gpt2, gpt4, o200k, whitespace, metaspace, or a regex")
+    vocab_size: int = option(2048, "tokens in the vocabulary, all told", least=1)
+    pattern: str = option(
+        "gpt4", "bpe: gpt2, gpt4, o200k, llama3, whitespace, metaspace or a regex"
+    )
     data: str | None = option(None, "a text file, a folder of *.txt, or hf:OWNER/NAME")
+    held_out: int = option(10, "hold out every N-th line for measuring; 0: train on all", least=0)
     out: str = option(str(HERE / "runs" / "default"), "run directory to write")
-    steps: int | None = option(None, "stop after this many merges (unigram: EM steps)")
+    steps: int | None = option(None, "stop after this many merges (unigram: EM steps)", least=1)
     seed: int = option(0, "for sampled segmentations; training has no randomness")
 
     def __post_init__(self):
-        if self.vocab_size < 1 or (self.steps is not None and self.steps < 1):
-            raise ValueError("--vocab-size and --steps must be at least 1")
+        check(self)
+        if self.held_out == 1:
+            raise ValueError("--held-out 1 leaves nothing to train on: 10 keeps every tenth line")
 
 
 class Watcher:
     """Called at each step: keeps the log, shows the first merges and then ever fewer, and stops."""
 
-    def __init__(self, config: TrainConfig, interrupted):
-        self.config, self.interrupted = config, interrupted
+    def __init__(self, config: TrainConfig, interrupted, done: int):
+        self.config, self.interrupted, self.done = config, interrupted, done
         self.log: list[dict] = []
         self.begin = time.perf_counter()
 
@@ -63,67 +68,94 @@ class Watcher:
             line = {"id": first, "piece": second, "count": count}
             if self.config.algorithm == "bpe" and self.config.pattern != "metaspace":
                 second = chars_to_bytes(second)
-            text = f"merge {step:6,}   id {first:6,}   {count:8,} times   {second!r}"
+            text = f"merge {step + self.done:6,}   id {first:6,}   {count:8,} times   {second!r}"
         if count is None or step & (step - 1) == 0:  # merges 1, 2, 4, 8 …
             say(text)
         seconds = round(time.perf_counter() - self.begin, 4)
-        self.log.append({"step": step, "split": "train"} | line | {"seconds": seconds})
+        self.log.append({"step": step + self.done, "split": "train"} | line | {"seconds": seconds})
         return self.interrupted() or step == self.config.steps
 
 
 def train(config: TrainConfig, resume: bool = False) -> list[dict]:
     """Trains, writes the run to `config.out` and returns its log, one line a step.
 
-    resume: go on from the BPE in `config.out` to `config.vocab_size`. Raises UserError for what the
-    user can mend.
+    resume: go on from the BPE in `config.out` to `config.vocab_size`. Everything is learnt in
+    memory and then written in one step, so that a run is the old one or the new one and never half
+    of each. Raises UserError for what the user can mend.
     """
-    folder = run.RunDirectory(config.out)
-    if resume and not (folder.path / "tokenizer.json").exists():
-        raise UserError(f"nothing to resume in {folder.path}: no tokenizer.json there, train first")
-    texts = load_texts(config.data)
-    split = {name: split_lines(text) for name, text in texts.items()}
-    documents = [line for kept, _ in split.values() for line in kept]
-    held_out = {name: "".join(rest) for name, (_, rest) in split.items()}
-    folder.start()
-    introduce(config, texts)
-    with run.CtrlC() as interrupted:
-        watcher = Watcher(config, interrupted)
-        try:
-            tokenizer = learn(config, documents, watcher, resume)
-        except ValueError as error:
-            raise UserError(f"{error}; change --vocab-size, --pattern or --data") from None
-        was_interrupted = interrupted()
-    names = ["tokenizer.json", "tokenizer.model"]
-    name = names.pop(config.algorithm == "unigram")
-    save(tokenizer, folder.path / name)
-    (folder.path / names[0]).unlink(missing_ok=True)  # of another algorithm, before
-    saved = dataclasses.asdict(config)
-    del saved["out"]  # a run may be moved
-    folder.save(saved, watcher.log)
-    conclude(config, tokenizer, held_out, was_interrupted)
-    return watcher.log
+    run_dir = RunDirectory(config.out, RESULTS)
+    with run_dir.writing():
+        old = extended(config) if resume else None
+        run_dir.refuse_what_is_not_ours()
+        config = dataclasses.replace(config, data=absolute(config.data))
+        texts = load_texts(config.data)
+        split = {name: split_lines(text, config.held_out) for name, text in texts.items()}
+        before = run_dir.history() if resume else []
+        introduce(config, texts, split)
+        with stop_signals() as interrupted:
+            watcher = Watcher(config, interrupted, before[-1]["step"] if before else 0)
+            try:
+                documents = [line for kept, _ in split.values() for line in kept]
+                tokenizer = learn(config, documents, watcher, old)
+            except ValueError as error:
+                raise UserError(f"{error}; change --vocab-size, --pattern or --data") from None
+            cut = interrupted()
+            log = before + watcher.log
+            run_dir.create(saved_options(config), lambda folder: fill(folder, tokenizer, log))
+    conclude(config, tokenizer, split, cut)
+    return log
+
+
+def absolute(data: str | None) -> str | None:
+    """--data as it stays right when the command is given from elsewhere."""
+    return data if data is None or data.startswith("hf:") else str(Path(data).resolve())
+
+
+def saved_options(config: TrainConfig) -> dict:
+    """What config.json says of a run: all but where it lies, which may change."""
+    options = dataclasses.asdict(config)
+    del options["out"]
+    return {"train": options}
+
+
+def fill(folder: Path, tokenizer: Tokenizer, log: list[dict]) -> None:
+    """The files of a run beside config.json: the tokenizer, and a line for each step."""
+    unigram = tokenizer.algorithm == "unigram"
+    save(tokenizer, folder / ("tokenizer.model" if unigram else "tokenizer.json"))
+    lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in log)
+    write_text(folder / "log.jsonl", lines)
 
 
 def started_with(folder: Path) -> TrainConfig:
-    """The options of the run in `folder`, but for --steps. UserError if there is none."""
+    """The options of the run in `folder`. UserError if there is none, or if it is damaged."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"nothing to resume in {folder}: no run was started there")
+    config = make_config(TrainConfig, read_json(path).get("train"), path)
+    return dataclasses.replace(config, out=str(folder), steps=None)
+
+
+def extended(config: TrainConfig) -> BPE:
+    """The BPE of the run to resume; UserError if there is none that could grow."""
+    file = Path(config.out) / "tokenizer.json"
+    if config.algorithm != "bpe":
+        raise UserError(f"{config.out} holds no BPE: the others train in seconds, start again")
+    if not file.is_file():
+        raise UserError(f"nothing to resume in {config.out}: no tokenizer.json there, train first")
     try:
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = ("algorithm", "vocab_size", "pattern", "data", "seed")
-        return TrainConfig(**{name: saved[name] for name in names}, out=str(folder))
-    except OSError:
-        raise UserError(f"nothing to resume in {folder}: no run was started there") from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}/config.json is damaged: {error}") from None
+        old = load(file)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if not isinstance(old, BPE):
+        raise UserError(f"{config.out} holds no BPE: the others train in seconds, start again")
+    if len(old) >= config.vocab_size:
+        raise UserError(f"{config.out} has {len(old)} tokens already: raise --vocab-size")
+    return old
 
 
-def learn(config: TrainConfig, documents: list[str], watch, resume: bool) -> Tokenizer:
-    """The tokenizer that the options ask for."""
-    if resume:
-        old = load(config.out)
-        if not isinstance(old, BPE):
-            raise UserError(f"{config.out} holds no BPE: the others train in seconds, start again")
-        if len(old) >= config.vocab_size:
-            raise UserError(f"{config.out} has {len(old)} tokens already: raise --vocab-size")
+def learn(config: TrainConfig, documents: list[str], watch, old: BPE | None) -> Tokenizer:
+    """The tokenizer that the options ask for, or `old` made larger."""
+    if old is not None:
         return old.extend(documents, config.vocab_size, watch=watch)
     if config.algorithm == "bpe":
         return BPE.train(documents, config.vocab_size, config.pattern, watch=watch)
@@ -132,12 +164,19 @@ def learn(config: TrainConfig, documents: list[str], watch, resume: bool) -> Tok
     return Unigram.train(documents, config.vocab_size, watch=watch)
 
 
-def introduce(config: TrainConfig, texts: dict[str, str]) -> None:
+def introduce(config: TrainConfig, texts: dict[str, str], split: dict) -> None:
     """What is run, and what to expect."""
     settings = "  ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
     say(f"config     {settings}")
     sizes = ", ".join(f"{name} {len(text.encode('utf-8')):,} bytes" for name, text in texts.items())
-    say(f"data       {sizes}; every tenth line is held out")
+    part = (
+        f"one line in {config.held_out} is held out" if config.held_out else "nothing is held out"
+    )
+    say(f"data       {sizes}; {part}")
+    if config.held_out and (short := [name for name, (a, b) in split.items() if a is b]):
+        say(
+            f"note       {', '.join(short)}: too few lines to hold any out, measured on all of them"
+        )
     say("device     the CPU, one core: plain Python and numpy")
     if usual(config):
         say(f"expect     {EXPECTED[config.algorithm]:.2f} bytes a token at the end, 1.0 before")
@@ -149,21 +188,19 @@ def usual(config: TrainConfig) -> bool:
     return dataclasses.replace(config, seed=0) == same
 
 
-def conclude(
-    config: TrainConfig, tokenizer: Tokenizer, held_out: dict[str, str], cut: bool
-) -> None:
+def conclude(config: TrainConfig, tokenizer: Tokenizer, split: dict, cut: bool) -> None:
     """What came out, beside what was expected."""
     if len(tokenizer) < config.vocab_size and not cut and config.steps is None:
         say(f"note       the text has no more to merge: {len(tokenizer):,} tokens, not "
             f"{config.vocab_size:,}")  # fmt: skip
-    score = measure(tokenizer, held_out)
-    got = score["bytes_per_token"]
-    say(f"held out   {got:.2f} bytes a token, {score['tokens_per_word']:.2f} tokens a word")
+    score = measure(tokenizer, {name: "".join(rest) for name, (_, rest) in split.items()})
+    got, where = score["bytes_per_token"], "held out   " if config.held_out else "on the text"
+    say(f"{where}{got:.2f} bytes a token, {score['tokens_per_word']:.2f} tokens a word")
     if usual(config) and not cut:
         expected = EXPECTED[config.algorithm]
         on = "on" if abs(got / expected - 1) < TOLERANCE else "off"
         say(f"{on} track   expected {expected:.2f}")
-    if cut:
+    if cut and config.algorithm == "bpe":
         say("stopped    --train --resume goes on from here")
     say(f"run        {config.out}")
 

@@ -35,8 +35,11 @@ from base import (
 )
 from characters import well_formed
 from decoders import MARK
+from normalize import charsmap_of
+from running import Running
 
 UNK_PENALTY = 10.0  # an unknown character is this much less likely than the rarest piece
+USER_SCORE = 0.0  # of a user-defined piece: as if it were certain (found by experiment)
 REBASE = -100_000.0  # (found by experiment: where rounding errors start over)
 LONGEST = 16  # characters of a seed
 
@@ -55,6 +58,7 @@ class Unigram(Tokenizer):
     scores: log-probability of each id. hidden: ids that text never becomes (control tokens).
     single: sums are rounded to 32 bits as SentencePiece does, which decides ties, and over long
     texts more than ties (tokenizers has 64 bits); hidden scores do not count for the unknown's.
+    user: ids of SentencePiece's user-defined pieces; each has the score USER_SCORE.
     """
 
     algorithm = "unigram"
@@ -68,6 +72,7 @@ class Unigram(Tokenizer):
         byte_fallback: bool = False,
         hidden: Iterable[int] = (),
         single: bool = False,
+        user: Iterable[int] = (),
     ):
         if unk_id is not None and not 0 <= unk_id < len(scores):
             raise ValueError(f"the unknown id {unk_id} is not in the vocabulary")
@@ -80,7 +85,9 @@ class Unigram(Tokenizer):
         self.round = to_float32 if single else to_float64
         self.byte_ids = [vocab.get(f"<0x{b:02X}>", -1) for b in range(256)]
         self.byte_fallback = byte_fallback and min(self.byte_ids) >= 0
-        normal = [s for i, s in enumerate(scores) if not (single and i in self.hidden)]
+        self.user = frozenset(user)
+        apart = self.hidden | self.user if single else frozenset()
+        normal = [s for i, s in enumerate(scores) if i not in apart]
         self.unk_score = self.round(min(normal, default=0.0) - UNK_PENALTY)
         self.matches: dict[str, tuple[int, float] | None] = {}  # all prefixes of pieces
         for piece, i in vocab.items():
@@ -88,9 +95,25 @@ class Unigram(Tokenizer):
                 continue
             for end in range(1, len(piece)):
                 self.matches.setdefault(piece[:end], None)
-            self.matches[piece] = (i, scores[i])
+            self.matches[piece] = (i, USER_SCORE if i in self.user else scores[i])
         self.longest = max(map(len, self.matches), default=1)
         self.best_parts = Cache(self.part, self.cache_size)
+        self.running = self._running()
+
+    def _running(self) -> Running | None:
+        """The way past searching again; None where stretches between spaces do not stand alone."""
+        spec = self.pipeline.normalizer or {}
+        if spec.get("type") != "SentencePiece" or not spec["prefix"] or self.late:
+            return None
+        charsmap = charsmap_of(spec)
+        alone = self.marked and not self.pipeline.pre_tokenizer
+        if not alone or (charsmap is not str and not charsmap.between_spaces()):
+            return None
+        return Running(self, charsmap, spec["collapse"], REBASE)
+
+    def plain_ids(self, text: str, first: bool, active: frozenset[str]) -> list[int]:
+        ids = self.running.ids(text) if self.running and text else None
+        return super().plain_ids(text, first, active) if ids is None else ids
 
     # ---- the best segmentation ----
 
@@ -110,14 +133,14 @@ class Unigram(Tokenizer):
         return found
 
     def viterbi(self, word: str, origin: float = 0.0):
-        """The best path: ([(id, start, end)], its score + origin, how near the nearest rival came).
+        """The best path: ([(id, start, end)], its score + origin, by how much it beat its rivals).
 
         A later path must be strictly better to replace an earlier one. With `single`, a sum that
         falls below REBASE becomes zero, and those ahead move with it, as in SentencePiece 0.2.
         """
         n = len(word)
         score, back = [origin] + [-math.inf] * n, [(-1, -1)] * (n + 1)
-        margin = math.inf
+        gap = [math.inf] * (n + 1)  # between the two best arrivals at each node
         for start in range(n):
             if self.single and score[start] < REBASE:
                 ahead, base = slice(start, start + self.longest + 1), score[start]
@@ -125,18 +148,51 @@ class Unigram(Tokenizer):
             here = score[start]
             for end, i, gain in self.edges(word, start):
                 rival = self.round(here + gain)
-                if back[end][0] < 0:
-                    score[end], back[end] = rival, (start, i)
-                    continue
-                margin = min(margin, abs(rival - score[end]))
-                if rival > score[end]:
-                    score[end], back[end] = rival, (start, i)
-        path, end = [], n
+                best = score[end]
+                if rival > best:
+                    score[end], back[end], gap[end] = rival, (start, i), rival - best
+                elif best - rival < gap[end]:
+                    gap[end] = best - rival
+        path, margin = self.traced(back, gap, n)
+        return path, score[n], margin
+
+    def quick_viterbi(self, word: str):
+        """`viterbi` of a short word from 0 on with nothing rounded, written out for speed.
+
+        The path is that of `viterbi` if the margin is larger than rounding can be.
+        """
+        n, matches = len(word), self.matches
+        score, back = [0.0] + [-math.inf] * n, [(-1, -1)] * (n + 1)
+        gap = [math.inf] * (n + 1)
+        for start in range(n):
+            here, end, single = score[start], start + 1, False
+            while end <= n and (text := word[start:end]) in matches:
+                if match := matches[text]:
+                    rival, best = here + match[1], score[end]
+                    if rival > best:
+                        score[end], back[end], gap[end] = rival, (start, match[0]), rival - best
+                    elif best - rival < gap[end]:
+                        gap[end] = best - rival
+                    single = single or end == start + 1
+                end += 1
+            if not single:
+                rival, best = here + self.unk_score, score[start + 1]
+                if rival > best:
+                    unk = -1 if self.unk_id is None else self.unk_id
+                    score[start + 1], back[start + 1] = rival, (start, unk)
+                    gap[start + 1] = rival - best
+                else:
+                    gap[start + 1] = min(gap[start + 1], best - rival)
+        return self.traced(back, gap, n), score[n]
+
+    def traced(self, back: list[tuple[int, int]], gap: list[float], end: int):
+        """The path that `back` leads along, and the smallest gap on it."""
+        path, margin = [], math.inf
         while end:
             start, i = back[end]
             path.append((i, start, end))
-            end = start
-        return path[::-1], score[n], margin
+            margin, end = min(margin, gap[end]), start
+        return path[::-1], margin
 
     def word_spans(self, word: str) -> list[tuple[int, int, int]]:
         return self.spelled(word, self.viterbi(word)[0])

@@ -54,6 +54,8 @@ def test_runs_cover_unicode_once():
     runs = category_runs()
     assert runs[0][0] == 0 and runs[-1][1] == LAST
     assert all(a[1] + 1 == b[0] and a[2] != b[2] for a, b in pairwise(runs))
+    whole = [name for first, last, name in runs for _ in range(first, last + 1)]
+    assert [unicodedata.category(c) for c in map(chr, range(0x40000, LAST + 1))] == whole[0x40000:]
     assert complement([]) == [(0, LAST)] and complement([(0, 5), (7, LAST)]) == [(6, 6)]
     with pytest.raises(ValueError, match="not a general category"):
         ranges_of("Greek")
@@ -150,7 +152,7 @@ def tiny_map() -> bytes:
 def test_character_map_by_hand():
     charsmap = CharsMap(tiny_map())
     assert charsmap("bAAé") == "bxyxyé" and charsmap.by_grapheme("A\u0301B") == "xyB"
-    assert charsmap.first_characters() == {"A"}
+    assert (charsmap.single, charsmap.longer, charsmap.second) == ({"A"}, set(), set())
     for bad in (b"", tiny_map()[:100], b"\x07\0\0\0abcdefg"):
         with pytest.raises(ValueError, match="truncated"):
             CharsMap(bad)

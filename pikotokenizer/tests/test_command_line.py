@@ -83,9 +83,11 @@ def test_resuming_keeps_the_run_as_it_was(tmp_path):
     assert (out / "tokenizer.json").read_bytes() == before
     done = piko("--train", "--resume", "--out", out, "--encode", "tiga")
     assert f"data={data}" in done.stderr and len(done.stdout.split()) == 1
-    assert json.loads((out / "config.json").read_text(encoding="utf-8"))["pattern"] == "gpt2"
-    (out / "config.json").write_text("{}", encoding="utf-8")
-    assert "is damaged" in piko("--train", "--resume", "--out", out, check=2).stderr
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["train"]["pattern"] == "gpt2"
+    config["train"]["vocab_size"] = "many"
+    (out / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert "vocab_size cannot be many" in piko("--train", "--resume", "--out", out, check=2).stderr
 
 
 def test_pages_and_colours(tmp_path):
@@ -111,12 +113,12 @@ def test_encode_file_equals_encode(tmp_path):
         (["--train", "--algorithm", "magic"], "magic"),
         (["--train", "--vocab-size", "10"], "10 is too small"),
         (["--train", "--vocab-size", "x"], "x"),
-        (["--train", "--steps", "0"], "--steps"),
+        (["--train", "--steps", "0"], "steps must be at least 1"),
         (["--train", "--data", "/nowhere"], "/nowhere"),
         (["--train", "--pattern", "("], "does not compile"),
         (["--resume"], "--train"),
         (["--encode", "a", "--encode-file", "b"], "--encode-file"),
-        (["--encode", "a", "--weights", ""], "holds none of"),
+        (["--encode", "a", "--weights", ""], "--weights is empty"),
         (["--decode", "1 x"], "whole numbers"),
         (["--decode", "999999"], "999999"),
         (["--weights", "/nowhere", "--encode", "a"], "/nowhere"),
@@ -124,7 +126,8 @@ def test_encode_file_equals_encode(tmp_path):
         (["--export", "x.bin"], "must end in"),
         (["--export", "x.model"], "not bytes"),
         (["--export", "main.py/x.json"], "main.py"),
-        (["--train", "--out", "main.py/x"], "--out"),
+        (["--train", "--out", "main.py/x"], "main.py"),
+        (["--train", "--out", ""], "--out is empty"),
         (["--train", "--resume", "--out", "runs/none"], "nothing to resume"),
     ],
 )
@@ -145,7 +148,7 @@ def test_bad_data_files(tmp_path):
     assert "no *.txt" in piko("--train", "--data", tmp_path, check=2).stderr
     blocked = tmp_path / "file"
     blocked.write_text("x", encoding="utf-8")
-    assert "--out" in piko("--train", "--out", blocked / "run", check=2).stderr
+    assert str(blocked) in piko("--train", "--out", blocked / "run", check=2).stderr
 
 
 def test_selfcheck():

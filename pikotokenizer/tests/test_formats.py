@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import string
 
@@ -15,6 +16,8 @@ from spm import field, read_fields, read_model, write_model
 from tokenizer import load, pad, save, truncate
 from unigram import Unigram
 from wordpiece import WordPiece
+
+MUTATIONS = int(os.environ.get("PIKO_MUTATIONS", "300"))
 
 
 @pytest.fixture(scope="module")
@@ -36,35 +39,40 @@ def files(corpus, tmp_path_factory):
     return {name: (folder / name, tokenizer) for name, tokenizer in made.items()}
 
 
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """`data` with a few bytes changed, cut out or doubled, or with its end cut off."""
+    damaged = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 8])):
+        at = rng.randrange(len(damaged))
+        kind = rng.randrange(4)
+        if kind == 0:
+            damaged[at] = rng.randrange(256)
+        elif kind == 1:
+            del damaged[at : at + rng.randint(1, 40)]
+        elif kind == 2:
+            damaged[at:at] = damaged[at : at + rng.randint(1, 40)]
+        else:
+            del damaged[at:]
+        damaged = damaged or bytearray(b"{")
+    return bytes(damaged)
+
+
 @pytest.mark.parametrize(
     "name",
     ["bpe.json", "marked.json", "unigram.json", "wordpiece.json", "bpe.tiktoken", "marked.model",
      "unigram.model", "vocab.txt", "vocab.bpe"],
 )  # fmt: skip
-def test_500_mutations_of_every_format(files, name, tmp_path):
+def test_mutations_of_every_format(files, name, tmp_path):
     """Truncated, flipped, doubled, cut: the answer is a tokenizer that works, or one ValueError."""
     path, _ = files[name]
     rng, data = random.Random(name), path.read_bytes()
     broken = tmp_path / name
-    for _ in range(500):
-        damaged = bytearray(data)
-        for _ in range(rng.choice([1, 1, 2, 8])):
-            at = rng.randrange(len(damaged))
-            kind = rng.randrange(4)
-            if kind == 0:
-                damaged[at] = rng.randrange(256)
-            elif kind == 1:
-                del damaged[at : at + rng.randint(1, 40)]
-            elif kind == 2:
-                damaged[at:at] = damaged[at : at + rng.randint(1, 40)]
-            else:
-                del damaged[at:]
-            damaged = damaged or bytearray(b"{")
-        broken.write_bytes(bytes(damaged))
+    for _ in range(MUTATIONS):
+        broken.write_bytes(mutated(data, rng))
         try:
             tokenizer = load(broken, pattern="gpt4")
         except ValueError as error:
-            assert name in str(error) or "encoder.json" in str(error)
+            assert name in str(error)
             continue
         try:
             ids = tokenizer.encode("Halo dunia, 12 é\n", add_special_tokens=True)
@@ -100,8 +108,6 @@ def test_merges_are_recovered_from_ranks(files):
 @pytest.mark.parametrize(
     "change, name",
     [
-        ({"truncation": {"max_length": 5}}, "truncation"),
-        ({"padding": {"strategy": "BatchLongest"}}, "padding"),
         ({"normalizer": {"type": "Nmt"}}, "Nmt"),
         ({"pre_tokenizer": {"type": "UnicodeScripts"}}, "UnicodeScripts"),
         ({"decoder": {"type": "CTC"}}, "CTC"),
@@ -186,8 +192,7 @@ def test_patterns_that_python_cannot_say_are_refused(pattern, name):
 def test_sentencepiece_features_are_refused_by_name(files):
     data = write_model(files["unigram.model"][1])
     for extra, name in (
-        (field(1, field(1, "x!") + field(2, 0.0) + field(3, 4)), "user-defined"),
-        (field(1, field(1, "x!") + field(2, 0.0) + field(3, 5)), "unused"),
+        (field(1, field(1, "x!") + field(2, 0.0) + field(3, 7)), "type-7"),
         (field(2, field(3, 3)), "model type 3"),
         (field(2, field(24, 1)), "suffix"),
         (field(3, field(5, 0)), "spaces as ▁"),

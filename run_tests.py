@@ -3,8 +3,10 @@
     python run_tests.py                        everything
     python run_tests.py llama                  one folder, and what the repo asks of it
     python run_tests.py llama -- -x -k rope    with arguments for pytest
+    python run_tests.py --jobs 1               one folder at a time, and not two
 
-Every folder has a model.py, so two folders cannot share a process. The last line is
+Every folder has a model.py, so two folders cannot share a process. What a folder printed is shown
+when it is done. The last line is
 `N passed, N failed` (and `, N skipped`), the exit code 1 if anything failed. A folder whose tests
 crash or find nothing to run has failed.
 """
@@ -15,6 +17,7 @@ import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -40,21 +43,27 @@ def run_pytest(home: Path, arguments: list[str], selected: bool = False) -> Coun
 
     selected: finding nothing to run is no failure, since the arguments may say so.
     """
-    print(f"\n── {home.name if home != ROOT else 'the repo as a whole'}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests", *arguments, f"--junitxml={report}"]
-        code = subprocess.run(command, cwd=home).returncode
+        done = subprocess.run(
+            command,
+            cwd=home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+        code, printed = done.returncode, done.stdout.decode("utf-8", errors="replace")
         try:
             counts = results(report)
         except (OSError, ElementTree.ParseError):
             counts, code = Counter(), code or "0, but left no report"
-    if code == 5 and selected:
-        return counts
-    if code != 0 and not counts["failed"]:
+    if code != 0 and not counts["failed"] and not (code == 5 and selected):
         counts["failed"] = 1
         why = "no test was found" if code == 5 else f"pytest ended early with exit code {code}"
-        print(f"{home.name}: {why}; counted as one failure", flush=True)
+        printed += f"{home.name}: {why}; counted as one failure\n"
+    name = home.name if home != ROOT else "the repo as a whole"
+    print(f"\n── {name}\n{printed}", end="", flush=True)
     return counts
 
 
@@ -65,14 +74,17 @@ def main(arguments: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", nargs="*", help="a folder with main.py and tests/")
-    parser.usage = "python run_tests.py [folder ...] [-- pytest arguments]"
-    asked = [Path(name).name for name in parser.parse_args(arguments[:cut]).folder]
+    parser.add_argument("--jobs", type=int, default=2, help="folders at a time (default 2)")
+    parser.usage = "python run_tests.py [--jobs N] [folder ...] [-- pytest arguments]"
+    options = parser.parse_args(arguments[:cut])
+    asked = [Path(name).name for name in options.folder]
     for_pytest = arguments[cut + 1 :]
     if unknown := sorted(set(asked) - set(folders())):
         parser.error(f"no folder with main.py and tests/ is called {', '.join(unknown)}")
-    counts: Counter = Counter()
-    for name in asked or folders():
-        counts += run_pytest(ROOT / name, for_pytest, bool(for_pytest))
+    with ThreadPoolExecutor(max(1, options.jobs)) as pool:
+        homes = [ROOT / name for name in asked or folders()]
+        counted = pool.map(lambda home: run_pytest(home, for_pytest, bool(for_pytest)), homes)
+        counts = sum(counted, Counter())
     for_root = [f"--folder={name}" for name in asked] + for_pytest
     counts += run_pytest(ROOT, for_root, bool(for_pytest))
     if not counts:

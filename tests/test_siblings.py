@@ -13,6 +13,24 @@ import pytest
 import repo
 
 SIBLINGS = ("transformer", "llama", "mixtral_moe", "deepseek_mla")
+DECODERS = ("llama", "mixtral_moe", "deepseek_mla", "lora", "dpo")
+PICTURES = ("cnn", "diffusion", "vae")
+SAME = {  # files that are the same in every folder that has them, and in which folders they may be
+    "options.py": None,  # None: in all
+    "run.py": None,
+    "hardware.py": None,
+    "trainer.py": None,
+    "loop.py": None,
+    "tests/harness.py": None,
+    "text.py": DECODERS,
+    "tokenizer.py": DECODERS,
+    "tokenizer_json.py": DECODERS,
+    "generate.py": DECODERS,
+    "weights.py": DECODERS,
+    "formats.py": PICTURES,
+}
+EVERYWHERE = ("options.py", "run.py")
+WITH_TORCH = ("hardware.py", "trainer.py", "loop.py", "tests/harness.py")
 
 
 def definitions(source: str) -> dict[str, str]:
@@ -53,13 +71,22 @@ def imports_torch(file: Path) -> bool:
     return False
 
 
-def test_run_py_is_one_file() -> None:
-    """In all folders whose run.py imports torch."""
-    files = [repo.ROOT / name / "run.py" for name in repo.folders()]
-    files = [file for file in files if file.is_file() and imports_torch(file)]
-    if files:
-        first = files[0].read_bytes()
-        assert [file for file in files if file.read_bytes() != first] == []
+def copies(name: str) -> list[Path]:
+    """The copies of a common file, in the folders where it may be."""
+    homes = SAME[name] or repo.folders()
+    return [file for home in homes if (file := repo.ROOT / home / name).is_file()]
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_common_file_is_one_file(name: str) -> None:
+    files = copies(name)
+    assert [file for file in files if file.read_bytes() != files[0].read_bytes()] == []
+
+
+def test_a_folder_has_the_common_files(folder: Path) -> None:
+    """Those of every folder, and where train.py needs torch those of training with torch."""
+    needed = EVERYWHERE + (WITH_TORCH if imports_torch(folder / "train.py") else ())
+    assert [name for name in needed if not (folder / name).is_file()] == []
 
 
 def test_blocks_of_siblings_are_the_same() -> None:

@@ -160,10 +160,14 @@ def read_npz(file: Path) -> Found:
         parts = []
         for part in (train, ("x_test", "y_test"), ("x_valid", "y_valid")):
             whole = names.issuperset(part)
+            if not whole and (alone := names.intersection(part)):
+                raise ValueError(f"{alone.pop()} without the other of {part[0]} and {part[1]}")
             parts.append(tuple(read_npy(archive, name) for name in part) if whole else None)
         classes = read_npy(archive, "classes").tolist() if "classes" in names else None
     if classes is not None and not all(isinstance(name, str) for name in classes):
         raise ValueError("its classes are no strings")
+    if classes is not None and len(set(classes)) < len(classes):
+        raise ValueError("two of its classes have the same name")
     return Found(classes and tuple(classes), *parts)
 
 

@@ -41,9 +41,12 @@ def board(history: list[dict], ceiling: float = 1.0) -> dict[float, float]:
     """Seconds of training until validation first reached each accuracy × the ceiling."""
     reached: dict[float, float] = {}
     for line in history:
+        accuracy, seconds = line.get("accuracy"), line.get("train_seconds")
+        if line["split"] != "valid" or {type(accuracy), type(seconds)} - {int, float}:
+            continue  # a line that somebody else wrote
         for goal in BOARD:
-            if line["split"] == "valid" and line["accuracy"] >= goal * ceiling:
-                reached.setdefault(goal, line["train_seconds"])
+            if accuracy >= goal * ceiling:
+                reached.setdefault(goal, seconds)
     return reached
 
 

@@ -781,3 +781,20 @@ def test_the_committed_files_are_those_of_the_table():
         row = next(line for line in table.splitlines() if line.startswith(f"| `{file.name}`"))
         assert hashlib.sha256(file.read_bytes()).hexdigest() in row
         assert f"{file.stat().st_size:,} bytes" in row
+
+
+@pytest.mark.parametrize("alone", ["x_test", "y_test", "x_valid", "y_valid"])
+def test_half_a_pair_in_an_npz_is_refused(tmp_path, alone):
+    """Silently leaving it out would test on other pictures than the user meant."""
+    x, y = np.zeros((8, 6, 6), np.uint8), np.arange(8) % 2
+    arrays = {"x": x, "y": y, alone: x if alone[0] == "x" else y}
+    np.savez(tmp_path / "half.npz", **arrays)
+    with pytest.raises(UserError, match=f"{alone} without the other"):
+        data.read(str(tmp_path / "half.npz"))
+
+
+def test_classes_of_one_name_in_an_npz_are_refused(tmp_path):
+    x, y = np.zeros((8, 6, 6), np.uint8), np.arange(8) % 2
+    np.savez(tmp_path / "same.npz", x=x, y=y, classes=np.array(["a", "a"]))
+    with pytest.raises(UserError, match="the same name"):
+        data.read(str(tmp_path / "same.npz"))

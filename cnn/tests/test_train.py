@@ -274,3 +274,9 @@ def test_memory_is_counted_before_anything_is_built():
     with pytest.raises(UserError, match=r"training this needs [\d,]+\.\d GB or more"):
         train.check_memory(TrainConfig(), huge, torch.device("cpu"))
     train.check_memory(TrainConfig(), SIZES, torch.device("cpu"))
+
+
+def test_board_passes_over_lines_that_it_does_not_know():
+    good = {"split": "valid", "accuracy": 0.97, "train_seconds": 3.0}
+    odd = [{"split": "valid"}, {"split": "valid", "accuracy": "x", "train_seconds": 1.0}]
+    assert report.board([*odd, good]) == report.board([good]) != {}

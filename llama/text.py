@@ -117,8 +117,8 @@ class Source:
         n_char = n_document = in_document = 0
         for text, ends in read_pieces(name):
             n_char, in_document = n_char + len(text), in_document + len(text)
-            if ends:
-                n_document, in_document = n_document + (in_document > 0), 0
+            if ends and in_document:
+                n_document, in_document = n_document + 1, 0
         if n_char < len(PARTS):
             raise UserError(f"--data {name} is empty: text to train on is needed")
         return cls(name, n_char, n_document)

@@ -51,8 +51,8 @@ def keep_memory():
     """Ask the C library not to give freed memory back to the system between steps.
 
     Every step makes the same arrays again. Where they are taken from the system anew each time, it
-    has to clear every page first, which takes longer than computing what is written there: a step
-    of the conv net is about a third shorter without. glibc only (Linux); elsewhere nothing happens.
+    has to clear every page first, which can take longer than computing what is written there.
+    glibc only (Linux); elsewhere nothing happens.
     """
     trim, pad, mmap = -1, -2, -3  # M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD
     if sys.platform == "linux":

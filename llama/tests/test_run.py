@@ -319,3 +319,35 @@ def test_machinery_knows_no_model():
     for name in ("run", "options", "hardware", "loop", "trainer"):
         text = run.Path(run.__file__).with_name(f"{name}.py").read_text(encoding="utf-8").lower()
         assert not [word for word in ("llama", "vocab", "attention") if word in text], name
+
+
+def test_sweep_leaves_what_others_named_alike(tmp_path):
+    """Only `.run.<digits>.new` and `.old`, and `.part` files of a run, are ours to delete."""
+    kept = [tmp_path / name for name in (".run.my.new", ".run.b.12.new", "run/.film.part")]
+    for path in kept:
+        path.mkdir(parents=True)
+    (tmp_path / ".run.12.new").mkdir()
+    (tmp_path / ".run.12.old").mkdir()
+    with RunDirectory(tmp_path / "run").writing():
+        pass
+    assert all(path.exists() for path in kept)
+    assert not (tmp_path / ".run.12.new").exists() and not (tmp_path / ".run.12.old").exists()
+
+
+def test_folders_inside_a_run_are_the_users(tmp_path):
+    """`figures/paper.tex` and `samples_mine/x` lie where runs leave files; no run wrote them."""
+    for name in ("figures/paper.tex", "samples_mine/x"):
+        it = RunDirectory(tmp_path / name.replace("/", "_"))
+        it.create({"train": {}})
+        file = it.path / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+        with pytest.raises(UserError, match="is to be replaced, but holds"):
+            it.refuse_what_is_not_ours()
+
+
+def test_nothing_is_exported_into_a_run(tmp_path):
+    it = RunDirectory(tmp_path / "run")
+    it.create({"train": {}})
+    with pytest.raises(UserError, match="inside of a run"):
+        place_to_export(it.path / "sub")

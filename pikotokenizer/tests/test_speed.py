@@ -79,7 +79,10 @@ def test_ids_do_not_depend_on_what_was_seen_before(corpus):
     alone = [BPE(trained.vocab, trained.merges, trained.pipeline).encode(part) for part in parts]
     assert [trained.encode(part) for part in parts] == alone
     model = Unigram.train(corpus[:50_000], 700)
-    fresh = lambda: Unigram(model.vocab, model.scores, model.pipeline, 0, True, model.hidden, True)  # noqa: E731
+
+    def fresh() -> Unigram:
+        return Unigram(model.vocab, model.scores, model.pipeline, 0, True, model.hidden, True)
+
     assert [model.encode(part) for part in parts] == [fresh().encode(part) for part in parts]
 
 

@@ -236,8 +236,10 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, K, T, C) in slots (B or 1, 1, T, 1); return all in use (B, K, S, C)."""
-        keys = self.keys[layer].scatter_(2, slots.expand_as(k), k)
-        values = self.values[layer].scatter_(2, slots.expand_as(v), v)
+        keys, values = self.keys[layer], self.values[layer]
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        keys[rows, :, slots] = k.transpose(1, 2)
+        values[rows, :, slots] = v.transpose(1, 2)
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def fork(self, n: int) -> "KVCache":
@@ -267,14 +269,19 @@ def attention(
     The G query heads that share a key head are G·T rows of one matrix: no key is ever copied.
     """
     (B, H, T, C), (K, S) = q.shape, k.shape[1:3]
+    G = H // K
+    q, k, v = q.reshape(B * K, G * T, C), k.reshape(B * K, S, C), v.reshape(B * K, S, v.shape[3])
     if causal:
         mask = causal_mask(torch.arange(T, device=q.device)[None], S, q.dtype)
     elif mask is None:
         mask = q.new_zeros(1, T, S)
-    G = H // K
-    mask = mask[:, None, None].expand(-1, K if len(mask) > 1 else 1, G, T, S)
-    q, k, v = q.reshape(B * K, G * T, C), k.reshape(B * K, S, C), v.reshape(B * K, S, v.shape[3])
-    scores = torch.baddbmm(mask.reshape(-1, G * T, S), q, k.mT, alpha=scale)
+    mask = mask[:, None, None]  # (B or 1, 1, 1, T, S)
+    if T == 1:  # in steps that torch.compile makes one kernel of
+        scores = torch.bmm(q, k.mT).view(B, K, G, T, S) * scale + mask
+        scores = scores.view(B * K, G, S)
+    else:  # in one product that begins at the mask: a pass less over many scores
+        mask = mask.expand(-1, K if len(mask) > 1 else 1, G, T, S).reshape(-1, G * T, S)
+        scores = torch.baddbmm(mask, q, k.mT, alpha=scale)
     return torch.bmm(scores.softmax(dim=-1), v).view(B, H, T, v.shape[2])
 
 
@@ -298,8 +305,13 @@ def fastest_attention(
     products win up to about 512 tokens, and always for a single query. They keep the result of
     the softmax in bfloat16, so their rounding error is about twice that of the kernel.
     """
-    bfloat16_on_cpu = device.type == "cpu" and dtype == torch.bfloat16
-    return attention if bfloat16_on_cpu and (n_slot <= 512 or n_query == 1) else fused_attention
+    if device.type != "cpu":
+        return fused_attention
+    if n_query == 1:
+        wins = dtype == torch.bfloat16 or torch.compiler.is_compiling()
+    else:
+        wins = dtype == torch.bfloat16 and n_slot <= 512
+    return attention if wins else fused_attention
 
 
 @dataclass
@@ -322,7 +334,7 @@ def project(x: Tensor, *layers: nn.Module) -> Tensor:
     takes the time, and joining them would read and write them once more.
     """
     plain = all(type(layer) is nn.Linear and layer.bias is None for layer in layers)
-    if plain and x.shape[0] * x.shape[1] >= MANY_ROWS:
+    if plain and (x.shape[0] * x.shape[1] >= MANY_ROWS or torch.compiler.is_compiling()):
         return F.linear(x, torch.cat([layer.weight for layer in layers]))
     return torch.cat([layer(x) for layer in layers], dim=-1)
 
@@ -434,7 +446,7 @@ class Llama(nn.Module):
         T, start = tokens.shape[1], cache.length if cache else 0
         in_order = positions is None  # all rows are equally long
         if cache is None or in_order:
-            self.refuse_too_long(start + T, positions)
+            self.refuse_too_long(start + T, positions, self.config.seq_len)
         if in_order:
             positions = torch.arange(start, start + T, device=tokens.device).unsqueeze(0)
         if in_order and cache:
@@ -444,6 +456,8 @@ class Llama(nn.Module):
             n_slot, n_position = cache.length, min(cache.n_slot, n_position)
         elif in_order:
             n_position = T
+        if cache and not in_order and not torch.compiler.is_compiling():
+            self.refuse_too_long(T, positions, n_position)
         # without a cache, tokens see those before them in the row, whatever their positions
         causal = cache is None or (in_order and start == 0)
         sees_all = in_order and T == 1
@@ -456,7 +470,7 @@ class Llama(nn.Module):
             causal=causal and T > 1,
             attend=fastest_attention(x.device, dtype, T, n_slot),
             cache=cache,
-            slots=positions[:, None, :, None],
+            slots=positions,
         )
         for block in self.blocks:
             x = block(x, context)
@@ -473,11 +487,11 @@ class Llama(nn.Module):
         """
         return self.head(self.features(tokens, cache, positions))  # (B, T, V)
 
-    def refuse_too_long(self, n_token: int, positions: Tensor | None) -> None:
-        """ValueError if the context is too short for so many tokens or for these positions."""
+    def refuse_too_long(self, n_token: int, positions: Tensor | None, n_position: int) -> None:
+        """ValueError if n_position places are too few for so many tokens or these positions."""
         longest = n_token if positions is None else max(n_token, int(positions.max()) + 1)
-        if longest > self.config.seq_len:
-            raise ValueError(f"{longest} tokens are more than the context of {self.config.seq_len}")
+        if longest > n_position:
+            raise ValueError(f"{longest} tokens are more than the context of {n_position}")
 
     def flops_per_token(self, seq_len: int) -> int:
         """Multiply-adds × 2 to train on one token: 6 a weight, 12 a key channel and position.

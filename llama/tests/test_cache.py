@@ -151,6 +151,16 @@ def test_cache_that_is_full_says_so():
         model(tokens(1, 2), cache)
 
 
+@pytest.mark.parametrize("n_slot", [4, 99])
+def test_position_beyond_the_cache_or_the_context_is_refused(n_slot):
+    model = llama()
+    cache, last = model.new_cache(1, n_slot), min(n_slot, model.config.seq_len)
+    cache.length = last
+    model(tokens(1, 1), cache, torch.tensor([[last - 1]]))
+    with pytest.raises(ValueError, match=f"{last + 1} tokens are more than the context of {last}"):
+        model(tokens(1, 1), cache, torch.tensor([[last]]))
+
+
 def test_cache_has_the_stated_size():
     """2 · n_layer · B · n_slot · K · C = 2·2·3·7·2·10 = 1,680 numbers."""
     model = llama()

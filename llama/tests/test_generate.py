@@ -357,7 +357,7 @@ def test_first_sample_is_shown_while_it_is_made(monkeypatch):
     """Not only in the end: the text so far is shown before the next token is asked for."""
     shown, seen = [], []
 
-    def steps(*_):
+    def steps(*_, **__):
         for token in b"abc":
             seen.append("".join(shown))
             yield [token]

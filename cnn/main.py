@@ -143,9 +143,17 @@ def do_export(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Do what the command line says, in the order of the help."""
-    work = {"train": do_train, "eval": do_eval, "classify": do_classify, "bench": "bench",
-            "experiment": "experiments", "figures": "figures", "selfcheck": "selfcheck",
-            "export": do_export}  # fmt: skip
+    pictures = ("weights", "device", "data", "image_size")
+    work = {
+        "train": (do_train, train.TrainConfig, NetConfig, "size"),
+        "eval": (do_eval, *pictures, "dtype", "first"),
+        "classify": (do_classify, "weights", "device"),
+        "bench": ("bench", train.TrainConfig),
+        "experiment": ("experiments", train.TrainConfig),
+        "figures": ("figures", "weights"),
+        "selfcheck": ("selfcheck", "device"),
+        "export": (do_export, *pictures, "int8"),
+    }
     options.dispatch(parser(), work)
 
 

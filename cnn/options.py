@@ -153,6 +153,14 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse `--flag=--`, whose value Python up to 3.12 drops without a word."""
+        for word in sys.argv[1:] if args is None else args:
+            flag, _, value = word.partition("=")
+            if flag.startswith("--") and value == "--":
+                self.error(f"argument {flag}: -- is no value")
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} (`python main.py` lists the options)")
 
@@ -220,11 +228,13 @@ def from_options(base, args: argparse.Namespace):
     return config
 
 
-def dispatch(parser: argparse.ArgumentParser, work: dict[str, Callable | str]) -> None:
+def dispatch(parser: argparse.ArgumentParser, work: dict[str, tuple]) -> None:
     """Parse the command line and do what it says, in the order of `work`.
 
-    work: for each verb a function of the parsed options, or the name of a module whose `main` is
-    that function. Such a module is imported only when it is needed: help appears at once.
+    work: for each verb what does it and then the options that it looks at. What does it is a
+    function of the parsed options, or the name of a module whose `main` is that function. Such a
+    module is imported only when it is needed: help appears at once. Options are names, or
+    dataclasses for all of their fields. UserError for an option that no verb given looks at.
     """
     args = parser.parse_args()
     if args.resume and not args.train:
@@ -233,13 +243,28 @@ def dispatch(parser: argparse.ArgumentParser, work: dict[str, Callable | str]) -
         if not str(getattr(args, name, "not given")).strip():
             raise UserError(f"--{name} is empty: is a variable not set?")
     wanted = [verb for verb in work if getattr(args, verb) not in (None, False)]
+    refuse_idle(parser, args, {verb: work[verb][1:] for verb in wanted})
     if not wanted:
         parser.print_help()
     for verb in wanted:
-        act = work[verb]
+        act = work[verb][0]
         if isinstance(act, str):
             act = importlib.import_module(act).main
         act(args)
+
+
+def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, looks_at: dict) -> None:
+    """UserError for an option on the command line that none of the verbs in `looks_at` looks at."""
+    useful = {"resume", *looks_at}
+    for options in looks_at.values():
+        for one in options:
+            useful |= {one} if isinstance(one, str) else {f.name for f in dataclasses.fields(one)}
+    for name, value in vars(args).items():
+        if value != parser.get_default(name) and name not in useful:
+            flag, verbs = "--" + name.replace("_", "-"), " ".join(f"--{verb}" for verb in looks_at)
+            if not verbs:
+                raise UserError(f"{flag} alone does nothing: say what to do, such as --train")
+            raise UserError(f"{flag} changes nothing in {verbs}: leave it out")
 
 
 # ── Configs from files ────────────────────────────────────────────────────────────────────────────

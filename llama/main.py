@@ -135,8 +135,17 @@ def do_export(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Do what the command line says, in the order of the help."""
-    work = {"train": do_train, "eval": do_eval, "sample": do_sample, "bench": "bench",
-            "figures": "figures", "selfcheck": "selfcheck", "export": do_export}  # fmt: skip
+    machine = ("weights", "device", "dtype")
+    work = {
+        "train": (do_train, train.TrainConfig, LlamaConfig, "size"),
+        "eval": (do_eval, *machine, "data", "seq_len"),
+        "sample": (do_sample, *machine, generate.SampleConfig, generate.Sampling, "stop", "seed",
+                   "compile"),
+        "bench": ("bench", "device", "dtype", "seed"),
+        "figures": ("figures", "weights"),
+        "selfcheck": ("selfcheck", "device"),
+        "export": (do_export, *machine),
+    }  # fmt: skip
     dispatch(parser(), work)
 
 

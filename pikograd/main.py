@@ -190,9 +190,17 @@ def do_export(args):
 
 def main():
     """Do what the command line says, in the order of the help."""
-    work = {"train": do_train, "sample": do_sample, "eval": do_eval, "bench": "bench",
-            "figures": "figures", "selfcheck": "selfcheck", "classify": do_classify,
-            "export": do_export}  # fmt: skip
+    which = ("weights", "model", "data", "out")
+    work = {
+        "train": (do_train, train.TrainConfig),
+        "sample": (do_sample, *which, "prompt", "temperature", "seed"),
+        "eval": (do_eval, *which),
+        "bench": ("bench",),
+        "figures": ("figures",),
+        "selfcheck": ("selfcheck",),
+        "classify": (do_classify, *which),
+        "export": (do_export, *which),
+    }
     dispatch(parser(), work)
 
 

@@ -199,12 +199,21 @@ def do_export(args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Do what the command line says, in the order of the help."""
+    which = ("weights", "pattern", "special")
+    ways = ("tokens", "color", "html")
     work = {
-        "train": do_train, "encode": do_encode, "encode_file": do_encode, "decode": do_decode,
-        "explain": do_explain, "eval": do_eval, "export": do_export,
-    }  # fmt: skip
-    modules = {name: name for name in ("bench", "figures", "selfcheck")}
-    dispatch(parser(), {verb: mendable(act) for verb, act in work.items()} | modules)
+        "train": (mendable(do_train), TrainConfig, "weights"),
+        "encode": (mendable(do_encode), *which, *ways),
+        "encode_file": (mendable(do_encode), *which, *ways),
+        "decode": (mendable(do_decode), *which),
+        "explain": (mendable(do_explain), *which),
+        "eval": (mendable(do_eval), *which, "data"),
+        "export": (mendable(do_export), *which),
+        "bench": ("bench", "data"),
+        "figures": ("figures",),
+        "selfcheck": ("selfcheck",),
+    }
+    dispatch(parser(), work)
 
 
 if __name__ == "__main__":

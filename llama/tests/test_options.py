@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -130,6 +131,18 @@ def test_integer_option_may_say_how_large_it_may_be():
         check(Seed(2**40 + 1))
 
 
+def test_value_of_another_type_is_no_number():
+    with pytest.raises(ValueError, match=r"rate must be a number, not \[\]"):
+        check(Config(rate=[]))
+
+
+@pytest.mark.parametrize("flag", ["--n", "--rate", "--kind", "--limit"])
+def test_two_dashes_are_no_value(flag):
+    """Python up to 3.12 would drop them and hand on an empty list."""
+    with pytest.raises(UserError, match=f"argument {flag}: -- is no value"):
+        parsed(f"{flag}=--")
+
+
 def test_limit_that_does_not_exist_is_the_programmers_error():
     with pytest.raises(TypeError, match=r"no limit \['atleast'\]"):
         option(3, "a number", atleast=1)
@@ -159,9 +172,12 @@ def program(monkeypatch):
         module.main = lambda args: done.append("bench")
         monkeypatch.setitem(sys.modules, "piko_bench_of_a_test", module)
         monkeypatch.setattr(sys, "argv", ["main.py", *words])
-        work = {name: lambda args, name=name: done.append(name) for name in ("train", "show")}
-        work |= {"bench": "piko_bench_of_a_test"}
-        work |= {"export": lambda args: done.append(f"export {args.export}")}
+        verbs.add_argument("--loud", action="store_true")
+        add_options(parser, Config)
+        work = {"train": (lambda args: done.append("train"), Config),
+                "show": (lambda args: done.append("show"), "loud"),
+                "bench": ("piko_bench_of_a_test",),
+                "export": (lambda args: done.append(f"export {args.export}"),)}  # fmt: skip
         dispatch(parser, work)
         return done
 
@@ -192,12 +208,22 @@ def test_resume_goes_with_train(program):
     assert program("--resume", "--train") == ["train"]
 
 
+def test_option_that_no_verb_looks_at_is_refused(program):
+    with pytest.raises(UserError, match="--n changes nothing in --show --bench: leave it out"):
+        program("--show", "--bench", "--n", "4")
+    with pytest.raises(UserError, match="--loud changes nothing in --train"):
+        program("--train", "--loud")
+    with pytest.raises(UserError, match="--n alone does nothing: say what to do"):
+        program("--n", "4")
+    assert program("--train", "--show", "--n", "4", "--loud") == ["train", "show"]
+
+
 def test_module_of_a_verb_that_is_not_asked_for_is_not_imported(monkeypatch):
     parser = Parser("x")
     add_verbs(parser, "train", "bench")
     monkeypatch.setattr(sys, "argv", ["main.py", "--train"])
     done = []
-    dispatch(parser, {"train": done.append, "bench": "no_module_has_this_name"})
+    dispatch(parser, {"train": (done.append,), "bench": ("no_module_has_this_name",)})
     assert len(done) == 1
 
 
@@ -262,6 +288,31 @@ def test_only_the_first_rank_speaks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     options.say("first")
     assert capsys.readouterr() == ("", "first\n")
+
+
+class Full(io.StringIO):
+    """A stream on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def reconfigure(self, **_):
+        pass
+
+
+def test_words_that_cannot_be_said_end_nothing(monkeypatch):
+    """As behind `2>&1 | head`: a training goes on, and a complaint is still exit code 2."""
+    monkeypatch.setattr(sys, "stderr", Full())
+    options.say("step 1")
+    assert ended(lambda: options.say("step 2")) == 0
+    assert ended(raising(UserError("x"))) == 2
+
+
+@pytest.mark.parametrize("rank", ["x", "-1", "1.5"])
+def test_rank_that_is_no_number_is_the_users_error(monkeypatch, rank):
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(UserError, match=f"RANK={rank} in the environment"):
+        options.say("x")
 
 
 def test_text_is_shortened_to_one_line():

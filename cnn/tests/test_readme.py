@@ -69,17 +69,18 @@ def measured() -> list[str]:
             )
     texts += [f"{n:.0f} s in {name}" for name, n in RESULTS["default_run"].items()]
     texts.append(f"on track: {report.percent(log('test')[0]['accuracy'])} of the test part")
-    texts.append(f"{100 * RESULTS['akamaster']['accuracy']:.1f} % of the first 1,000")
+    texts.append(f"{100 * RESULTS['akamaster']['accuracy']:.1f} % of 1,000 CIFAR-10 pictures")
     int8 = RESULTS["int8"]
-    texts.append(f"{100 * int8['accuracy']:.2f} % as it is")
-    texts.append(f"{100 * int8['int8_accuracy']:.2f} % in eight bits")
+    texts.append(
+        f"{100 * int8['accuracy']:.2f} %, and {100 * int8['int8_accuracy']:.2f} % in eight bits"
+    )
     texts.append(f"{int8['bytes'] / int8['int8_bytes']:.1f} times smaller")
     changes = RESULTS["changes"]
     for name in ("resnet20 --zero-init", "--flip on"):
         texts.append(f"{100 * changes[name]['accuracy']:.1f} % of the test part")
     learned = statistics.mean(run["train"] for run in RESULTS["seeds"]["shapes-10"])
     early = statistics.mean(run["train"] for run in RESULTS["ablation"]["the recipe"])
-    texts += [f"{100 * learned:.1f} %, more than the 95 %", f"{100 * early:.1f} % of the training"]
+    texts += [f"(the default) of {100 * learned:.1f} %", f"{100 * early:.1f} % of the training"]
     texts.append(f"{RESULTS['memory']['default_run']:.1f} GB of memory")
     return texts + measured_by_the_bench()
 

@@ -25,7 +25,14 @@ import quantize
 from loop import save_tensors
 from model import NetConfig, build
 from options import UserError, make_config
-from run import RunDirectory, place_to_export, read_json, whole_file, write_json
+from run import (
+    RunDirectory,
+    place_to_export,
+    read_json,
+    refuse_endless,
+    whole_file,
+    write_json,
+)
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 AKAMASTER = {"fc": "linear", "downsample": "shortcut"}  # our and torchvision's name: akamaster's
@@ -91,6 +98,7 @@ def load(path: str | Path) -> Loaded:
     path = Path(path)
     if not path.exists():
         raise UserError(f"--weights {path}: there is no such file or folder")
+    refuse_endless(path)
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / "config.json", optional=True)
     if "model" not in config:
@@ -165,8 +173,9 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def is_named(item: tuple) -> bool:
     """Is this a name and an ordinary tensor of numbers?"""
     name, tensor = item
-    plain = isinstance(name, str) and torch.is_tensor(tensor) and tensor.layout == torch.strided
-    return plain and not (tensor.is_complex() or tensor.is_quantized or tensor.is_meta)
+    if not (isinstance(name, str) and torch.is_tensor(tensor)) or tensor.layout != torch.strided:
+        return False
+    return not (tensor.is_complex() or tensor.is_quantized or tensor.is_nested or tensor.is_meta)
 
 
 def to_our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -222,6 +231,8 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> nn.Mo
         if state[name].shape != tensor.shape:
             there, needed = tuple(state[name].shape), tuple(tensor.shape)
             raise UserError(f"{where}: {name} is {there}, the configuration needs {needed}")
+        if not state[name].float().isfinite().all():
+            raise UserError(f"{where}: {name} holds numbers that are not finite")
     if extra := sorted(state.keys() - wanted.keys()):
         raise UserError(f"the weights in {where} have {extra[0]}, which the network does not")
     model.load_state_dict({name: state[name].to(t.dtype) for name, t in wanted.items()})

@@ -76,6 +76,13 @@ def read_exactly(stream, n: int) -> bytearray:
     return raw
 
 
+def open_file(path: Path):
+    """Open a file for its bytes. ValueError for a pipe or a device: reading it might never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError("no file")
+    return open(path, "rb")
+
+
 def read_folder(folder: Path, image_size: int = 0) -> Found:
     """Look what lies in `folder`, and read it."""
     if idx_file(folder, "train-images"):
@@ -114,7 +121,7 @@ def read_mnist(folder: Path) -> Found:
 
 def read_idx(file: Path, rank: int) -> np.ndarray:
     """The array in an idx file: 0, 0, 8, rank, the sizes (4 bytes each, big-endian), bytes."""
-    with open(file, "rb") as plain:
+    with open_file(file) as plain:
         packed = plain.read(2) == b"\x1f\x8b"
         plain.seek(0)
         stream = gzip.GzipFile(fileobj=plain) if packed else plain
@@ -134,7 +141,7 @@ def read_cifar(folder: Path) -> Found:
     for pattern in ("data_batch_*.bin", "test_batch.bin"):
         raw = bytearray()
         for file in sorted(folder.glob(pattern)):
-            with complaining(file), open(file, "rb") as stream:
+            with complaining(file), open_file(file) as stream:
                 size = file.stat().st_size
                 if size == 0 or size % 3073:
                     raise ValueError(f"{size:,} bytes are no whole number of records of 3,073")
@@ -317,7 +324,7 @@ def read_picture(
     size: (H, W) to scale and crop it to, or None. UserError if `source` holds no picture.
     """
     with complaining(name):
-        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as stream:
+        with io.BytesIO(source) if isinstance(source, bytes) else open_file(source) as stream:
             try:
                 picture = Image.open(stream, formats=FORMATS)
             except UnidentifiedImageError:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from options import UserError
+from options import UserError, rank_asked
 
 # ── Device and number format ──────────────────────────────────────────────────────────────────────
 
@@ -135,7 +135,12 @@ def ranks(device: torch.device) -> Iterator[None]:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may tokenize for long
+    try:
+        if rank_asked() >= int(os.environ["WORLD_SIZE"]):
+            raise ValueError("RANK must be less than WORLD_SIZE")
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may tokenize for long
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"RANK, WORLD_SIZE, MASTER_ADDR or MASTER_PORT is wrong: {error}") from None
     try:
         yield
         barrier()  # nobody leaves before the others are done
@@ -218,6 +223,9 @@ def load_full_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: d
 
     weights, moments = state["model"], state["optimizer"]
     options = dcp.StateDictOptions(full_state_dict=True)
+    if not moments["state"]:  # plain SGD remembers nothing, which the library fails over
+        dcp.set_model_state_dict(model, weights, options=options)
+        return
     dcp.set_state_dict(
         model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options
     )

@@ -78,7 +78,7 @@ class NetConfig:
     @property
     def smallest(self) -> int:
         """The smallest side of a picture that leaves a pixel for the last layer."""
-        return {"fast": 8, "lenet": 12, "resnet": 1}[self.net]
+        return {"fast": 8, "lenet": 12}.get(self.net, 1)
 
     @property
     def n_block(self) -> int:

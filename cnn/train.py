@@ -295,7 +295,7 @@ def train(
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
     with hardware.ranks(device), run_dir.writing():
         if run_dir.writes and not resume:
-            run_dir.refuse_what_is_not_ours()
+            run_dir.refuse_what_is_not_ours(config.data)
         at_start = not (resume and run_dir.checkpoint.exists())
         if config.weights and at_start and not loaded:
             loaded = checkpoint.load(config.weights)
@@ -316,6 +316,7 @@ def train(
         announce(config, sizes, model, why)
         expectations(trainer, sizes)
         finished = run_loop(trainer, run_dir, resume)
-        if finished and run_dir.writes and run_dir.history()[-1]["split"] != "test":
+        scored = {(line["split"], line["step"]) for line in run_dir.history()}
+        if finished and run_dir.writes and ("test", config.steps) not in scored:
             finish(trainer, run_dir, at_end)
         return run_dir.history()

@@ -15,8 +15,8 @@ import meta
 from hardware import check_memory
 from loop import save_tensors
 from model import Llama, LlamaConfig
-from options import UserError, make_config
-from run import RunDirectory, place_to_export, read_json, write_json
+from options import UserError, make_config, shorten
+from run import RunDirectory, place_to_export, read_json, refuse_endless, write_json
 from tokenizer import Tokenizer, load_tokenizer
 from tokenizer_json import save_for_transformers
 from weights import fill, read_safetensors, read_tensors
@@ -37,6 +37,7 @@ def load(folder: str | Path) -> Loaded:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--weights {folder}: there is no such folder")
+    refuse_endless(folder)
     config = read_json(folder / "config.json", optional=True)
     if "model" in config:
         sizes = make_config(LlamaConfig, config["model"], f"{folder}/config.json, model")
@@ -73,12 +74,18 @@ def refuse_too_large(sizes: LlamaConfig, folder: Path) -> None:
 
 
 def stop_ids(folder: Path, config: dict, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens that end a text: generation_config.json has them all, config.json often one."""
+    """The tokens that end a text: generation_config.json has them all, config.json often one.
+
+    UserError for what is no number, since texts would then run on without a word.
+    """
     ends = read_json(folder / "generation_config.json", optional=True).get("eos_token_id")
     if ends is None:
         ends = config.get("eos_token_id", tokenizer.eos_id)
     ends = ends if isinstance(ends, list) else [ends]
-    return tuple(one for one in ends if type(one) is int)
+    ends = [one for one in ends if one is not None]
+    if any(type(one) is not int for one in ends):
+        raise UserError(f"{folder}: eos_token_id {shorten(ends, 40)} is no token")
+    return tuple(ends)
 
 
 def export(loaded: Loaded, folder: str | Path) -> None:

@@ -91,7 +91,12 @@ class Log:
             yield
 
     def step(self, done: int, numbers: dict, seconds: float) -> None:
-        """A training step is done; every LOG_EVERY of them give one line of their means."""
+        """A training step is done; every LOG_EVERY of them give one line of their means.
+
+        UserError if the steps before, from a checkpoint, logged other numbers.
+        """
+        if self.pending and self.pending[0].keys() != numbers.keys():
+            raise UserError(f"{self.run_dir.checkpoint} is damaged: its pending numbers are others")
         self.pending.append(numbers)
         self.busy, self.trained = self.busy + seconds, self.trained + seconds
         self.units += self.trainer.units_done
@@ -202,20 +207,25 @@ def refuse_misfits(trainer: Trainer, state: dict) -> None:
         float,
     }:
         raise ValueError("pending holds something else than the numbers of steps")
-    ours, theirs = hardware.full_weights(trainer.model), state["model"]
-    for name, weight in ours.items():
-        if weight.shape != theirs[name].shape or weight.dtype != theirs[name].dtype:
-            raise ValueError(f"{name} is {tuple(theirs[name].shape)} of {theirs[name].dtype}")
-    for name, moments in state["optimizer"]["state"].items():
-        for key, value in moments.items():
-            wanted = torch.Size() if key == "step" else ours[name].shape
-            if value.shape != wanted or not value.is_floating_point():
-                raise ValueError(f"{key} of {name} is {tuple(value.shape)}")
-    groups = trainer.optimizer.param_groups, state["optimizer"]["param_groups"]
+    ours = hardware.full_state(trainer.model, trainer.optimizer)  # before the first step
+    if hardware.rank() > 0:
+        return  # the first rank alone has the whole of it
+    refuse_other_shapes(ours["model"], state["model"], "the model")
+    for name, wanted in ours["optimizer"]["state"].items():
+        stored = state["optimizer"]["state"][name]
+        refuse_other_shapes(wanted, stored, f"the optimizer's state of {name}")
+    groups = ours["optimizer"]["param_groups"], state["optimizer"]["param_groups"]
     for group, stored in zip(*groups, strict=True):
-        names = group.keys() - {"params", "lr"}
-        if any(plain(stored[name]) != plain(group[name]) for name in names):
+        if any(plain(stored[name]) != plain(group[name]) for name in group.keys() - {"lr"}):
             raise ValueError("the optimizer was set otherwise")
+
+
+def refuse_other_shapes(ours: dict[str, Tensor], theirs: dict[str, Tensor], what: str) -> None:
+    """ValueError unless `theirs` has tensors of these names, shapes and number formats."""
+    for name, tensor in ours.items():
+        found = theirs[name]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise ValueError(f"{what}: {name} is {tuple(found.shape)} of {found.dtype}")
 
 
 def plain(value):

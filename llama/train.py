@@ -8,7 +8,6 @@ Key: B rows, T seq_len, V vocab_size.
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -169,26 +168,29 @@ def begin(config: TrainConfig, sizes: LlamaConfig, loaded, run_dir: RunDirectory
 
     loaded: the model of --weights, or None.
     """
-    run_dir.refuse_what_is_not_ours()
-    if run_dir.path.is_relative_to(os.path.realpath(config.data)):
-        raise UserError(f"--out {run_dir.path} is inside of --data: name another place")
+    run_dir.refuse_what_is_not_ours(config.data)
     source = data.measure(config.data)
     if loaded:
         tokenizer = loaded.tokenizer
     else:
         tokenizer = train_tokenizer(config.tokenizer, source.training_lines(), sizes.vocab_size)
         sizes = replace(sizes, vocab_size=tokenizer.vocab_size)
-    needed = 16 * sizes.n_parameter  # weights, gradient and two moments, four bytes each
-    rows = config.micro_batch_size or config.batch_size
-    needed += 8 * rows * sizes.seq_len * sizes.vocab_size  # logits and their gradient
-    needed += 40 * config.batch_size * sizes.seq_len  # the ids of a batch
-    hardware.check_memory(needed, hardware.choose_device(config.device)[0], "training this")
+    check_memory(config, sizes)
 
     def fill(folder: Path) -> None:
         tokenizer.save(folder)
         text.write_tokens(source, tokenizer, sizes.seq_len, folder)
 
     run_dir.create(facts(config, sizes), fill)
+
+
+def check_memory(config: TrainConfig, sizes: LlamaConfig) -> None:
+    """UserError if the training cannot fit, before any of it is built."""
+    needed = 16 * sizes.n_parameter  # weights, gradient and two moments, four bytes each
+    rows = config.micro_batch_size or config.batch_size
+    needed += 8 * rows * sizes.seq_len * sizes.vocab_size  # logits and their gradient
+    needed += 40 * config.batch_size * sizes.seq_len  # the ids of a batch
+    hardware.check_memory(needed, hardware.choose_device(config.device)[0], "training this")
 
 
 def build(sizes: LlamaConfig, loaded: checkpoint.Loaded | None) -> Llama:
@@ -252,6 +254,7 @@ def train(
             loaded = checkpoint.load(config.weights)
         if run_dir.writes and resume:
             _, sizes = started_with(run_dir.path, TrainConfig, LlamaConfig)
+            check_memory(config, sizes)
             run_dir.save_config(facts(config, sizes))
         elif run_dir.writes:
             begin(config, sizes, loaded, run_dir)

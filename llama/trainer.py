@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hardware
 from options import UserError, check, from_options, make_config, option, say
-from run import RunDirectory, read_json
+from run import RunDirectory, read_json, refuse_endless
 
 # what a resumed run may change: nothing here changes what a step computes
 RESUMABLE = {"out", "steps", "device", "compile", "shard", "eval_every", "checkpoint_every"}
@@ -110,6 +110,7 @@ def started_with(folder: Path, training: type, model: type) -> tuple:
     saved = read_json(folder / "config.json", optional=True)
     if "train" not in saved:
         raise UserError(f"nothing to resume in {folder}: no run was started there")
+    refuse_endless(folder)
     config = make_config(training, saved["train"], f"{folder}/config.json, train")
     sizes = make_config(model, saved.get("model"), f"{folder}/config.json, model")
     return dataclasses.replace(config, out=str(folder)), sizes

@@ -69,6 +69,9 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} holds something else than named tensors")
     if other := [name for name, value in tensors.items() if not torch.is_tensor(value)]:
         raise UserError(f"{file}: {shorten(other[0], 60)} is no tensor")
+    for name, value in tensors.items():
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise UserError(f"{file}: {shorten(name, 60)} is sparse, nested or has no values")
     return dict(tensors)
 
 
@@ -113,8 +116,6 @@ def fill(build: Callable[[], nn.Module], state: dict[str, Tensor], where: Path |
             raise UserError(f"{where}: {name} is {there}, the configuration needs {needed}")
         if not found.is_floating_point():
             raise UserError(f"{where}: {name} holds {found.dtype}: quantized weights are not read")
-        if found.layout != torch.strided or found.is_meta:
-            raise UserError(f"{where}: {name} is sparse or has no values")
         if not torch.isfinite(found).all():
             raise UserError(f"{where}: {name} holds numbers that are not finite")
     if extra := sorted(state.keys() - wanted.keys()):

@@ -104,6 +104,8 @@ class RunDirectory:
         if not str(path).strip() or not Path(os.path.abspath(path)).name:
             raise UserError("--out needs the name of a directory")
         self.path, self.results = Path(os.path.abspath(path)), results
+        if any("\ud800" <= letter <= "\udfff" for letter in str(self.path)):
+            raise UserError("--out: the path is no UTF-8, and safetensors takes no other")
         self.config, self.log_file = self.path / "config.json", self.path / "log.jsonl"
         self.weights, self.checkpoint = self.path / "model.safetensors", self.path / "checkpoint.pt"
         self.writes = rank_asked() == 0
@@ -136,8 +138,13 @@ class RunDirectory:
             if re.fullmatch(r"\..+\.\d+\.part", part.name):
                 part.unlink()
 
-    def refuse_what_is_not_ours(self) -> None:
-        """UserError if a new run could not take this place without harm to something else."""
+    def refuse_what_is_not_ours(self, data: str = "") -> None:
+        """UserError if a new run could not take this place without harm to something else.
+
+        data: a folder to train on, where a run would be read as data the next time.
+        """
+        if data and Path(os.path.realpath(self.path)).is_relative_to(os.path.realpath(data)):
+            raise UserError(f"--out {self.path} is inside of --data: name another place")
         for path in (self.path, self.previous):
             if os.path.lexists(path) and not is_run(path):
                 raise UserError(f"--out: {path} exists and is no run: choose another name")
@@ -190,9 +197,9 @@ class RunDirectory:
     def save_config(self, config: dict) -> None:
         """Write config.json: `config` and the versions it runs on."""
         versions = {"python": platform.python_version(), "numpy": np.__version__}
+        versions["platform"] = platform.platform()
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions["torch"] = importlib.metadata.version("torch")
-        versions["platform"] = platform.platform()
         write_json(self.config, config | {"versions": versions})
 
     def log(self, **line) -> None:
@@ -246,12 +253,17 @@ def is_run(path: Path) -> bool:
     return False
 
 
+def refuse_endless(path: Path) -> None:
+    """UserError if `path`, or something in that folder, is a pipe or a device: it may never end."""
+    for one in path.iterdir() if path.is_dir() else [path]:
+        if one.exists() and not one.is_file() and not one.is_dir():
+            raise UserError(f"{one} is a pipe or a device, a file was expected")
+
+
 def remove_tree(path: Path) -> None:
     """Delete a directory, or the link to one."""
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path)
+    delete = os.unlink if path.is_symlink() else shutil.rmtree
+    delete(path)
 
 
 def newest_run(folder: Path, result: str = "model.safetensors") -> Path | None:
@@ -289,10 +301,8 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # no other gets signals
     names = ("SIGINT", "SIGTERM", "SIGHUP") if in_main_thread else ()
-    wanted = [
-        getattr(signal, name) for name in names if hasattr(signal, name)
-    ]  # not all on Windows
-    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    wanted = [getattr(signal, name, None) for name in names]  # Windows has not all of them
+    heard = [one for one in wanted if one and signal.getsignal(one) != signal.SIG_IGN]  # nohup
     usual = {number: signal.signal(number, note) for number in heard}
     try:
         yield lambda: bool(came)

@@ -17,6 +17,7 @@ conftest.py imports the fixtures, test_common.py the tests. Tests that start pro
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import pickle
 import random
@@ -252,11 +253,30 @@ def test_out_that_is_no_run_is_refused_and_left_alone(command, words, tmp_path, 
     assert {k: v for k, v in contents(tmp_path).items() if not k.endswith(".lock")} == before
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", ".."])
+@pytest.mark.parametrize("name", ["", " ", ".", "..", os.path.abspath(os.sep)])
 def test_out_that_names_no_new_directory_is_refused(command, words, tmp_path, monkeypatch, name):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     assert "--out" in command(*words, "--out", name).only_line
+
+
+def test_out_inside_of_data_is_refused(command, words, small_data, tmp_path):
+    """Where the next training would take the run for data."""
+    folder = tmp_path / "texts"
+    shutil.copytree(small_data.parent, folder)
+    line = command(*words, "--data", folder, "--out", folder / "run").only_line
+    assert "is inside of --data" in line and not (folder / "run").exists()
+
+
+@posix
+def test_place_whose_name_is_no_utf8_is_refused(command, words, tmp_path, monkeypatch):
+    """safetensors could not write there, which a long training would learn at its end."""
+    try:
+        (odd := tmp_path / os.fsdecode(b"\xff")).mkdir()
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    monkeypatch.chdir(odd)
+    assert "no UTF-8" in command(*words, "--out", "run").only_line
 
 
 def test_out_that_is_a_file_is_refused(command, words, tmp_path):
@@ -303,6 +323,24 @@ def test_diverging_training_leaves_the_former_run_as_previous(command, trained, 
     assert weights(out.with_name("run.previous")) == first  # a run without weights displaces none
 
 
+def test_killed_while_a_former_run_is_deleted(command, trained, words, monkeypatch):
+    """It has another name by then: what is left of it stands in nobody's way and goes later."""
+    out = trained("run")
+    trained("run", "--seed", 1)
+
+    def dying(folder):
+        (folder / "config.json").unlink()
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dying)
+        command(*words, "--out", out, "--seed", 2)
+    kept = weights(out.with_name("run.previous"))
+    assert command(*words, "--out", out, "--seed", 3).code == 0
+    assert weights(out.with_name("run.previous")) == kept  # the killed one had no result yet
+    assert sorted(p.name for p in out.parent.iterdir() if p.is_dir()) == ["run", "run.previous"]
+
+
 def test_training_from_the_run_that_it_replaces(command, trained, words):
     """The weights are read before anything moves, and the former run stays as previous."""
     out = trained("run")
@@ -335,6 +373,24 @@ def test_second_writer_is_refused(command, trained, words):
         complaint = command(*words, "--out", out).only_line
         assert "another training writes to" in complaint
         assert "another training" in command("--train", "--resume", "--out", out).only_line
+
+
+@posix
+def test_second_writer_by_another_name_is_refused(command, trained, tmp_path):
+    out = trained("run")
+    os.symlink(out, tmp_path / "link")
+    with run.RunDirectory(out).writing():
+        outcome = command("--train", "--resume", "--out", tmp_path / "link")
+    assert "another training writes to" in outcome.only_line
+
+
+def test_former_run_that_somebody_writes_to_is_not_deleted(command, trained, words):
+    out = trained("run")
+    previous = trained("run", "--seed", 1).with_name("run.previous")
+    before = contents(previous)
+    with run.RunDirectory(previous).writing():
+        assert "another training writes to" in command(*words, "--out", out).complaint
+    assert contents(previous) == before
 
 
 def test_left_overs_of_a_killed_run_are_swept_up(trained):
@@ -442,11 +498,18 @@ def test_checkpoint_without_one_of_its_parts_is_refused(half, command, part):
 
 def wrong_values(kept: dict) -> dict:
     """What may stand in a checkpoint where something else belongs."""
-    name = next(iter(kept["optimizer"]["state"]))
-    moments = kept["optimizer"]["state"][name] | {"exp_avg": torch.zeros(3)}
-    twisted = {"state": kept["optimizer"]["state"] | {name: moments},
-               "param_groups": kept["optimizer"]["param_groups"]}  # fmt: skip
-    weight = next(iter(kept["model"]))
+    states, groups = kept["optimizer"]["state"], kept["optimizer"]["param_groups"]
+    name, moments = next(iter(states.items()))
+    key = next(key for key in moments if key != "step")
+
+    def twisted(value) -> dict:
+        return {"optimizer": {"state": states | {name: moments | {key: value}},
+                              "param_groups": groups}}  # fmt: skip
+
+    weight, tensor = next(iter(kept["model"].items()))
+    fewer = {k: v for k, v in moments.items() if k != key}
+    other = [{**group, "weight_decay": 9.0} for group in groups]
+    short = [{**group, "params": group["params"][1:]} for group in groups]
     return {
         "step is text": {"step": "7"},
         "step is negative": {"step": -1},
@@ -454,16 +517,29 @@ def wrong_values(kept: dict) -> dict:
         "rng is empty": {"rng": []},
         "rng is a number": {"rng": 7},
         "model is a list": {"model": [1, 2]},
+        "step is beyond the last": {"step": 2**40},
+        "best is no number": {"best": math.nan},
         "a weight has another shape": {"model": kept["model"] | {weight: torch.zeros(2, 2)}},
-        "moments have another shape": {"optimizer": twisted},
+        "a weight is of integers": {"model": kept["model"] | {weight: tensor.long()}},
+        "moments have another shape": twisted(torch.zeros(3)),
+        "moments have no shape": twisted(torch.tensor(0.0)),
+        "moments are of integers": twisted(moments[key].long()),
+        "moments are text": twisted("x"),
+        "moments are missing": {
+            "optimizer": {"state": states | {name: fewer}, "param_groups": groups}
+        },
         "optimizer is empty": {"optimizer": {}},
+        "optimizer remembers nothing": {"optimizer": {"state": {}, "param_groups": groups}},
+        "optimizer is set otherwise": {"optimizer": {"state": states, "param_groups": other}},
+        "optimizer has fewer weights": {"optimizer": {"state": states, "param_groups": short}},
+        "pending is a number": {"pending": [1]},
+        "pending holds text": {"pending": [{"loss": "x"}]},
+        "pending holds other numbers": {"pending": [{"banana": 1.0}]},
     }
 
 
 def test_checkpoint_with_wrong_values_is_refused(half, command):
     good = state(half)
-    if "exp_avg" not in next(iter(good["optimizer"]["state"].values())):
-        good["optimizer"]["state"] = good["optimizer"]["state"]  # another optimizer: still tried
     for name, changes in wrong_values(good).items():
         torch.save(good | changes, half / "checkpoint.pt")
         outcome = command("--train", "--resume", "--out", half)
@@ -532,6 +608,26 @@ def test_resume_of_a_finished_run_changes_nothing(whole, command):
     assert (weights(whole), losses(whole)) == before
 
 
+@pytest.mark.parametrize("log", ["", '{"step": 9}\n', '{"step": 1, "split": "valid"}\n'])
+def test_resume_of_a_finished_run_without_its_log(trained, command, log):
+    """The test part is scored once more, since nobody knows its score."""
+    out = trained("run")
+    (out / "log.jsonl").write_text(log, encoding="utf-8")
+    outcome = command("--train", "--resume", "--out", out)
+    assert outcome.code == 0, outcome.err
+    last = run.RunDirectory(out).history()[-1]
+    assert (last["step"], last["split"]) == (2, "test")
+
+
+def test_log_with_times_that_are_none(half, command):
+    with open(half / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 6, "split": "x", "loss": 1, "seconds": null, "train_seconds": "x"}\n')
+        file.write('{"step": 6, "split": "x", "loss": 1, "seconds": 1e999, "train_seconds": [1]}\n')
+    assert command("--train", "--resume", "--out", half).code == 0
+    times = [x.get("seconds", 0) for x in run.RunDirectory(half).history() if x["step"] > 6]
+    assert times and all(map(math.isfinite, times))
+
+
 def test_resume_with_more_steps_goes_on(whole, command):
     assert command("--train", "--resume", "--out", whole, "--steps", 14).code == 0
     assert state(whole)["step"] == 14
@@ -575,6 +671,24 @@ def spoilt_configs(good: dict) -> dict[str, str]:
         wrong[f"{key} has more"] = json.dumps(good | {key: good[key] | {"banana": 1}})
     wrong["lr is huge"] = json.dumps(good | {"train": train | {"lr": float("inf")}})
     return wrong
+
+
+@posix
+@pytest.mark.parametrize("name", ["checkpoint.pt", "log.jsonl", "model.safetensors"])
+def test_pipe_in_the_place_of_a_file_is_refused(half, command, name):
+    """Else the program waits for ever for somebody to write to it."""
+    (half / name).unlink()
+    os.mkfifo(half / name)
+    for words in (["--train", "--resume", "--out", half], [*small.SAMPLE, "--weights", half]):
+        assert f"{name} is a pipe or a device" in command(*words).only_line
+
+
+def test_config_that_asks_for_more_memory_than_there_is(half, command):
+    """A batch of 2³¹ rows: refused at once, not when the memory is full."""
+    good = run.read_json(half / "config.json")
+    good["train"]["batch_size"] = 2**31 - 1
+    run.write_json(half / "config.json", good)
+    assert "training this needs" in command("--train", "--resume", "--out", half).only_line
 
 
 def test_damaged_config_is_one_line(half, command):
@@ -645,6 +759,32 @@ def test_weights_that_are_none(command, small_data, tmp_path, monkeypatch, kind)
     for line in (words, [*small.SAMPLE, "--weights", kind]):
         assert kind[:9] in command(*line).complaint
     assert not (tmp_path / "run").exists()
+
+
+def test_option_that_the_verb_does_not_look_at_is_refused(command):
+    """Else `--eval --width 7` scores a network that is 4 wide, and says nothing."""
+    assert "--steps changes nothing in --" in command(*small.SAMPLE, "--steps", "3").only_line
+    assert "--steps alone does nothing" in command("--steps", "3").only_line
+
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "-1"), ("RANK", "7"), ("WORLD_SIZE", "x"), ("MASTER_PORT", "x")],
+)
+def test_torchruns_variables_that_are_wrong(command, words, tmp_path, monkeypatch, name, value):
+    """As schedulers and old shells leave them."""
+    for other, good in TORCHRUN.items():
+        monkeypatch.setenv(other, good)
+    monkeypatch.setenv(name, value)
+    assert name in command(*words, "--out", tmp_path / "run").complaint
+
+
+def test_rank_alone_is_no_torchrun(trained, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert (trained() / "model.safetensors").exists()
 
 
 def test_resume_goes_with_train(command):
@@ -795,12 +935,17 @@ def test_two_ranks_give_the_loss_curve_of_one(trained, words, tmp_path, more):
 @gloo
 @posix
 def test_ranks_agree_on_the_stop(words, tmp_path):
-    """torchrun passes a SIGTERM on to its ranks; they end the same step, and save."""
+    """torchrun passes a SIGTERM on to its ranks; they end the same step, save, and can go on."""
     out = tmp_path / "ranks"
     process = torchrun(*words, "--out", out, "--steps", 10**6, "--checkpoint-every", 10**6)
     wait_for(lambda: (out / "log.jsonl").exists() and (out / "log.jsonl").stat().st_size, process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate()
     assert f"go on with --train --resume --out {out}" in err
-    assert 0 < state(out)["step"] < 10**6
+    done = state(out)["step"]
+    assert 0 < done < 10**6
     assert len(state(out)["rng"]) == 2
+    process = torchrun("--train", "--resume", "--out", out, "--steps", done + 2)
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert state(out)["step"] == done + 2

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -164,6 +165,8 @@ def edited(**changes) -> dict:
         ([1, 2], "something else than named tensors"),
         ({}, "something else than named tensors"),
         ({"state_dict": {"a": "b"}}, "something else than named tensors"),
+        ({"a": torch.ones(3).to_sparse()}, "something else than named tensors"),
+        ({"a": torch.empty(3, device="meta")}, "something else than named tensors"),
         ({"features.0.weight": torch.ones(3)}, "is no ResNet: it lacks conv1, layer1 or fc"),
         (edited(**{"layer1.0.conv3.weight": torch.ones(1)}), "bottleneck blocks"),
         (edited(**{"layer1.3.conv1.weight": torch.ones(1)}), "stages of 4, 3, 3 blocks"),
@@ -223,6 +226,7 @@ def test_nothing_there(tmp_path):
     [
         (lambda c: c["model"].update(width=0), "width must be at least 1"),
         (lambda c: c["model"].update(hat=1), "hat"),
+        (lambda c: c["model"].update(net="x"), "net must be one of fast, lenet, resnet"),
         (lambda c: c["data"].update(mean=[0.5]), "mean and std must be 3 numbers"),
         (lambda c: c["data"].update(std=[1, 0, 1]), "mean and std must be 3 numbers, std not 0"),
         (lambda c: c["data"].update(classes=["a"]), "1 classes, the network has 10"),
@@ -256,3 +260,20 @@ def test_export_to_a_file(tmp_path):
         checkpoint.export_int8(
             loaded(NetConfig(width=4)), torch.rand(2, 3, 32, 32), tmp_path / "there"
         )
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_files_with_a_nested_tensor(tmp_path):
+    torch.save({"a": torch.nested.nested_tensor([torch.ones(3)])}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="something else than named tensors"):
+        load(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_weights_that_are_not_finite(tmp_path, value):
+    model = build(PRESETS["resnet20"])
+    with torch.no_grad():
+        model.fc.weight[0, 0] = value
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    with pytest.raises(UserError, match="fc.weight holds numbers that are not finite"):
+        load(tmp_path / "a.pth")

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from harness import posix
 from PIL import Image, ImageOps
 
 import data
@@ -798,3 +799,19 @@ def test_classes_of_one_name_in_an_npz_are_refused(tmp_path):
     np.savez(tmp_path / "same.npz", x=x, y=y, classes=np.array(["a", "a"]))
     with pytest.raises(UserError, match="the same name"):
         data.read(str(tmp_path / "same.npz"))
+
+
+@posix
+def test_pipe_in_the_place_of_a_file_is_refused(tmp_path):
+    """Else the program waits for ever for somebody to write to it."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "b" / "1.png")
+    for name in ("a/pipe.png", "train-images-idx3-ubyte", "data_batch_1.bin"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="pipe.png: no file"):
+        data.read_picture(tmp_path / "a" / "pipe.png", 3, (8, 8))
+    for name in ("train-images-idx3-ubyte", "data_batch_1.bin", "pipe.png"):
+        with pytest.raises(UserError, match=f"{name}: no file"):
+            data.read(str(tmp_path))
+        (tmp_path / name).unlink(missing_ok=True)

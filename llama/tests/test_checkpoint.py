@@ -1,6 +1,7 @@
 """Weights in and out, held to `transformers` in both directions and to Meta's definition."""
 
 import io
+import math
 import pickle
 
 import pytest
@@ -309,6 +310,17 @@ def test_stop_ids_are_those_of_the_files(tmp_path, config, generation, expected)
     write_json(tmp_path / "config.json", values)
     write_json(tmp_path / "generation_config.json", {"eos_token_id": generation})
     assert checkpoint.load(tmp_path).stop_ids == expected
+
+
+@pytest.mark.parametrize("end", ["x", 1.5, True, [7, "8"], {}], ids=str)
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_stop_id_that_is_no_number_is_refused(tmp_path, file, end):
+    exported(ByteTokenizer(), tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    values = read_json(tmp_path / file, optional=True)
+    write_json(tmp_path / file, values | {"eos_token_id": end})
+    with pytest.raises(UserError, match="eos_token_id .* is no token"):
+        checkpoint.load(tmp_path)
 
 
 def test_several_stop_ids_survive_an_export(tmp_path):
@@ -626,13 +638,22 @@ def test_pickle_of_something_else_is_refused(folder, content, message):
         checkpoint.load(folder)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_sparse_weight_is_refused(folder):
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    for spoilt in (torch.ones(24).to_sparse(), torch.empty(24, device="meta")):
+    nested = torch.nested.nested_tensor([torch.ones(24)])
+    for spoilt in (torch.ones(24).to_sparse(), torch.empty(24, device="meta"), nested):
         torch.save(tensors | {"model.norm.weight": spoilt}, folder / "pytorch_model.bin")
-        with pytest.raises(UserError, match="norm.weight is sparse or has no values"):
+        with pytest.raises(UserError, match="norm.weight is sparse, nested or has no values"):
             checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weight_that_is_not_finite_is_refused(folder, value):
+    respoil(folder, lambda t: t["model.norm.weight"].__setitem__(0, value))
+    with pytest.raises(UserError, match="norm.weight holds numbers that are not finite"):
+        checkpoint.load(folder)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ def test_folder_alone_in_an_empty_place_trains(tmp_path):
         (["--sample", "--num-samples", "10001"], "num_samples must be at most 10000"),
         (["--sample", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
         (["--sample", "--prompt", "\udcff"], "--prompt: this is no UTF-8 text"),
+        (["--sample", "--stop", "\udcff"], "--stop: this is no UTF-8 text"),
         (["--sample", "--weights", "nowhere"], "nowhere: there is no such folder"),
         (["--eval", "--weights", "nowhere"], "nowhere: there is no such folder"),
         (["--weights", "nowhere", "--export", "x"], "nowhere: there is no such folder"),
@@ -253,14 +254,22 @@ def test_tokenizer_json_without_the_library(command, ready, monkeypatch):
     assert "pip install tokenizers" in command("--sample", "--weights", ready).complaint
 
 
+@pytest.mark.parametrize(("seq_len", "message"), [(100_000, "--seq-len 100000"), (10**9, "needs")])
+def test_resumed_run_that_asks_for_a_longer_context(command, ready, seq_len, message):
+    """Its config.json was edited; without a word every step would take minutes."""
+    config = json.loads((ready / "config.json").read_text(encoding="utf-8"))
+    rewrite(ready / "config.json", model=config["model"] | {"seq_len": seq_len})
+    assert message in command("--train", "--resume", "--out", ready, "--steps", 3).complaint
+
+
 def test_tokens_of_a_run_that_are_gone(command, ready):
     (ready / "train.bin").unlink()
     assert "are damaged" in command("--train", "--resume", "--out", ready).complaint
 
 
 def test_prompt_longer_than_the_context(command, ready):
-    """The prompt itself has been shown by then; no word of the model's has."""
+    """It is refused before it is printed, however long."""
     outcome = command("--sample", "--weights", ready, "--prompt", "x" * 24)
-    assert outcome.code == 2
+    assert outcome.code == 2 and outcome.out == ""
     assert "--prompt: prompt of 25 tokens, context of 24" in outcome.err.splitlines()[-1]
     assert "Traceback" not in outcome.err

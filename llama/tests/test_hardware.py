@@ -108,18 +108,40 @@ def test_without_torchrun_there_is_one_rank():
     assert hardware.any_rank(True, CPU) is True and hardware.any_rank(False, CPU) is False
 
 
+@pytest.fixture
+def torchrun(monkeypatch):
+    """torchrun's variables, and a group of processes that is none."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(hardware.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(hardware.dist, "destroy_process_group", lambda: None)
+
+
+@pytest.mark.parametrize("words", ["Connection closed by peer [::1]:1", "Connection reset by peer"])
+def test_rank_that_waits_for_one_that_stopped_says_so(torchrun, words):
+    with pytest.raises(UserError, match="another rank stopped"), hardware.ranks(CPU):
+        raise RuntimeError(words)
+
+
+def test_other_errors_of_a_rank_are_not_hidden(torchrun):
+    with pytest.raises(RuntimeError, match="shapes differ"), hardware.ranks(CPU):
+        raise RuntimeError("shapes differ")
+
+
 def test_shards_need_torchrun():
     with pytest.raises(UserError, match="start with torchrun"):
         hardware.distribute(torch.nn.Linear(2, 2), [], shard=True)
 
 
-def test_full_state_goes_around(tmp_path):
-    """Weights and moments, through a file, into a fresh model and optimizer."""
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
+def test_full_state_goes_around(tmp_path, optimizer):
+    """Weights and moments (SGD has none), through a file, into a fresh model and optimizer."""
     pairs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         model = torch.nn.Linear(3, 2)
-        pairs.append((model, torch.optim.AdamW(model.parameters(), lr=0.1)))
+        pairs.append((model, optimizer(model.parameters(), lr=0.1)))
     model, optimizer = pairs[0]
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()

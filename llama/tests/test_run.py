@@ -161,6 +161,22 @@ def test_what_is_no_run_is_refused(it, tmp_path):
         it.create(CONFIG)
 
 
+@pytest.mark.parametrize("name", ["log.jsonl", "model.safetensors"])
+def test_place_that_cannot_be_moved_loses_nothing(it, monkeypatch, name):
+    """A mount point, for instance."""
+
+    def busy(a, b):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(a))
+
+    (it.path / name).write_text("mine", encoding="utf-8")
+    before = sorted(it.path.parent.rglob("*"))
+    monkeypatch.setattr(run.os, "rename", busy)
+    with pytest.raises(OSError, match="busy"):
+        it.create(CONFIG)
+    left = [path for path in sorted(it.path.parent.rglob("*")) if path.suffix != ".lock"]
+    assert left == before and (it.path / name).read_text(encoding="utf-8") == "mine"
+
+
 @posix
 def test_link_that_leads_nowhere_is_something(tmp_path):
     os.symlink(tmp_path / "gone", tmp_path / "run")
@@ -292,7 +308,10 @@ def test_export_goes_to_a_new_or_empty_folder(tmp_path):
 # ── Stopping ──────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@pytest.mark.parametrize("kind", STOPS)
 def test_signal_is_noted_and_the_old_handler_comes_back(kind):
     before = signal.getsignal(kind)
     with run.stop_signals() as stopped:
@@ -300,6 +319,18 @@ def test_signal_is_noted_and_the_old_handler_comes_back(kind):
         signal.raise_signal(kind)
         assert stopped()
     assert signal.getsignal(kind) == before
+
+
+@posix
+def test_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """`nohup` starts a program so that it outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run.stop_signals() as stopped:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopped()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_other_threads_get_no_signals_and_need_none():

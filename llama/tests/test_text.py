@@ -1,10 +1,12 @@
 """From a source to rows: how it is cut in three, what a step reads, what is read exactly once."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
+from harness import posix
 
 import data
 import text
@@ -94,7 +96,9 @@ def test_two_documents_are_cut_like_one(tmp_path):
 
 
 def test_files_of_a_folder_are_documents_in_order_of_name(tmp_path):
-    name = written(tmp_path, b="B" * 9, a="A" * 9, sub__c="C", sub__d="D", **{".hidden": "no"})
+    name = written(
+        tmp_path, b="B" * 9, a="A" * 9, sub__c="C", sub__d="D", **{".hidden": "no", ".run__e": "no"}
+    )
     assert parts(name) == ("A" * 9 + "|" + "B" * 9 + "|", "C|", "D|")
 
 
@@ -250,6 +254,24 @@ def test_list_of_tokens_that_is_damaged_is_the_users_error(source, tmp_path, con
     (tmp_path / "tokens.json").write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match="damaged|no JSON object"):
         load_tokens(tmp_path, ByteTokenizer())
+
+
+@pytest.mark.parametrize("name", ["ids", "chars"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, None, "9", []], ids=str)
+def test_count_of_tokens_that_cannot_be_is_the_users_error(source, tmp_path, name, value):
+    write_tokens(source, ByteTokenizer(), 8, tmp_path)
+    counts = json.loads((tmp_path / "tokens.json").read_text(encoding="utf-8"))
+    counts["valid"][name] = value
+    (tmp_path / "tokens.json").write_text(json.dumps(counts), encoding="utf-8")
+    with pytest.raises(UserError, match="are damaged"):
+        load_tokens(tmp_path, ByteTokenizer())
+
+
+@posix
+def test_pipe_can_be_read_only_once_and_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="can be read only once: save it as a file"):
+        Source.measure(str(tmp_path / "pipe"))
 
 
 def test_text_too_short_for_one_row_is_refused(tmp_path):

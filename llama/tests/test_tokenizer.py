@@ -313,6 +313,20 @@ def test_template_that_names_an_unknown_token_is_the_users_error(tmp_path, neste
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize("token", [5, ["<s>"], {"content": 7}, {}, True], ids=str)
+def test_special_token_that_is_no_text_is_none(tmp_path, token):
+    pytest.importorskip("tokenizers")
+    assert load_tokenizer(json_folder(tmp_path, [TEXT], {"bos_token": token})).bos_id is None
+
+
+def test_sentencepiece_file_with_a_piece_that_is_no_text(trained_kinds):
+    """The library finds out when it first decodes, which may be late in a training."""
+    model = trained_kinds["sentencepiece"].model
+    piece = next(p for p in ("the", "and", "was", "to") if model.count(p.encode()))
+    with pytest.raises(UserError, match="tokenizer.model is damaged"):
+        SentencePieceTokenizer(model.replace(piece.encode(), b"\xff" * len(piece)))
+
+
 def test_imported_json_tokenizer_is_saved_as_it_came(tmp_path):
     pytest.importorskip("tokenizers")
     tokenizer = load_tokenizer(json_folder(tmp_path, [BOS, TEXT], {"add_bos_token": False}))

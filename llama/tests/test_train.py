@@ -483,4 +483,6 @@ def test_memory_of_the_logits_counts_too(command, words, tmp_path, small_data):
     """10⁸ rows of 24 tokens: 258 logits, twice four bytes each, and 40 bytes an id: 5,049.6 GB."""
     outcome = command(*words, "--out", tmp_path / "run", "--batch-size", 10**8)
     assert "training this needs 5,049.6 GB" in outcome.complaint
+    large = ["--batch-size", 2**31 - 1, "--micro-batch-size", 1]  # few logits, and a list of rows
+    assert "training this needs" in command(*words, "--out", tmp_path / "run", *large).complaint
     assert command(*words, "--out", tmp_path / "run", "--batch-size", 4).code == 0

@@ -125,7 +125,12 @@ def test_the_step_by_hand():
     after = w - 0.1 * slope
     numbers = (error, error**2, slope, after, (after * 2 - 10) ** 2)
     assert numbers == pytest.approx((-4, 16, -16, 4.6, 0.64))
-    for words in ("error is −4, L = 16", "∂L/∂w = −8 · 2 = −16", "3 + 1.6 = 4.6", "(9.2 − 10)² = 0.64"):
+    for words in (
+        "error is −4, L = 16",
+        "∂L/∂w = −8 · 2 = −16",
+        "3 + 1.6 = 4.6",
+        "(9.2 − 10)² = 0.64",
+    ):
         assert words in TEXT
 
 

@@ -80,8 +80,9 @@ def dead_links(folder: Path, text: str) -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     """The words of every `python main.py …` in blocks and between backquotes."""
-    blocks = "\n".join(re.findall(r"(?ms)^```(?:bash)?\n(.*?)^```", text)).splitlines()
-    lines = [line.strip() for line in blocks] + re.findall(r"`([^`\n]+)`", text)
+    blocks = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text)
+    inside = "\n".join(block for language, block in blocks if language in ("", "bash"))
+    lines = [line.strip() for line in inside.splitlines()] + re.findall(r"`([^`\n]+)`", text)
     lines = [line for line in lines if re.match(r"(python|torchrun .*) main\.py", line)]
     return [shlex.split(line, comments=True) for line in lines]
 

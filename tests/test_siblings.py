@@ -26,7 +26,7 @@ SAME = {  # files that are the same in every folder that has them, and in which 
     "tokenizer.py": DECODERS,
     "tokenizer_json.py": DECODERS,
     "generate.py": DECODERS,
-    "weights.py": DECODERS,
+    "weights.py": (*DECODERS, "transformer"),
     "formats.py": PICTURES,
 }
 EVERYWHERE = ("options.py", "run.py")

@@ -5,7 +5,7 @@
     RunDirectory   what a run leaves behind; a former run is kept, and nothing else is ever harmed
     stop_signals   Ctrl-C ends the step that runs, then saves
 
-This file is the same in every folder of Piko. It imports numpy, filelock and the standard library,
+This file is the same in every folder of Piko. It imports filelock and the standard library,
 and nothing in it knows a model.
 """
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import filelock
-import numpy as np
 
 from options import UserError, rank_asked, say
 
@@ -196,9 +195,9 @@ class RunDirectory:
 
     def save_config(self, config: dict) -> None:
         """Write config.json: `config` and the versions it runs on."""
-        versions = {"python": platform.python_version(), "numpy": np.__version__}
-        versions["platform"] = platform.platform()
+        versions = {"python": platform.python_version(), "platform": platform.platform()}
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["numpy"] = importlib.metadata.version("numpy")
             versions["torch"] = importlib.metadata.version("torch")
         write_json(self.config, config | {"versions": versions})
 

@@ -156,9 +156,8 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Refuse `--flag=--`, whose value Python up to 3.12 drops without a word."""
         for word in sys.argv[1:] if args is None else args:
-            flag, _, value = word.partition("=")
-            if flag.startswith("--") and value == "--":
-                self.error(f"argument {flag}: -- is no value")
+            if word.startswith("--") and word.endswith("=--") and word.count("=") == 1:
+                self.error(f"argument {word.removesuffix('=--')}: -- is no value")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -256,9 +255,8 @@ def dispatch(parser: argparse.ArgumentParser, work: dict[str, tuple]) -> None:
 def refuse_idle(parser: argparse.ArgumentParser, args: argparse.Namespace, looks_at: dict) -> None:
     """UserError for an option on the command line that none of the verbs in `looks_at` looks at."""
     useful = {"resume", *looks_at}
-    for options in looks_at.values():
-        for one in options:
-            useful |= {one} if isinstance(one, str) else {f.name for f in dataclasses.fields(one)}
+    for one in sum(looks_at.values(), ()):
+        useful |= {one} if isinstance(one, str) else {f.name for f in dataclasses.fields(one)}
     for name, value in vars(args).items():
         if value != parser.get_default(name) and name not in useful:
             flag, verbs = "--" + name.replace("_", "-"), " ".join(f"--{verb}" for verb in looks_at)

@@ -174,6 +174,7 @@ def test_export_is_a_new_folder_and_never_the_run_itself(tmp_path):
 def test_ctrl_c_saves_and_a_resume_ends_with_the_same_bits(tmp_path, monkeypatch, capsys):
     import signal
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     train.train(config(tmp_path / "whole"))
     task, step = train.TASKS["mlp"], train.TASKS["mlp"].step
 

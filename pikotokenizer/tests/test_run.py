@@ -161,6 +161,7 @@ def test_a_copied_run_resumes_in_itself(data, tmp_path, monkeypatch):
 def test_ctrl_c_keeps_what_was_learnt(data, tmp_path, monkeypatch):
     import signal
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
     out, seen = tmp_path / "run", []
     monkeypatch.setattr(
         train.Watcher, "__call__", interrupting(train.Watcher.__call__, seen, signal)

@@ -466,8 +466,9 @@ class BPE(Tokenizer):
         vocab = self.vocab | {piece: i + size for i, piece in enumerate(pieces[size:])}
         pairs = [*self.merges, *((pieces[a], pieces[b]) for a, b, _ in merges)]
         return BPE(
-            vocab, pairs, self.pipeline, None, self.byte_level, self.byte_fallback, self.unk,
-            self.fuse_unk, self.whole_first, hidden=self.hidden,
+            vocab, pairs, self.pipeline, byte_level=self.byte_level, unk=self.unk,
+            byte_fallback=self.byte_fallback, fuse_unk=self.fuse_unk,
+            whole_first=self.whole_first, hidden=self.hidden,
         )  # fmt: skip
 
 

@@ -148,7 +148,7 @@ def our_config(config: dict, where: Path) -> MixtralConfig:
     values = {k: v if v is not None else DEFAULTS.get(k) for k, v in values.items()}
     if values["d_head"] is None and plain_int(values["d_model"]) and plain_int(values["n_head"]):
         values["d_head"] = values["d_model"] // values["n_head"]
-    values["rope_theta"] = rope.get("rope_theta", 1e6)
+    values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 1e6))
     if rope.get("rope_type", rope.get("type")) == "llama3":
         if lacking := [theirs for theirs in SCALING.values() if rope.get(theirs) is None]:
             raise UserError(f"{where}: {lacking[0]} is missing")

@@ -1,9 +1,9 @@
 """Mixtral from scratch: train a mixture of experts on four little dialects, and see who does what.
 
-python main.py --train                       three minutes on a laptop; who speaks which dialect?
+python main.py --train                       a minute or two on a laptop; who speaks which dialect?
 python main.py --sample --prompt "Sat mis"   seconds; the newest run, or the shipped model
 python main.py --eval                        seconds; loss and use of experts on unseen text
-python main.py --experiment NAME             long; dense, balance or anchors: runs side by side
+python main.py --experiment NAME             long; dense or balance: runs side by side
 python main.py --bench                       minutes; speed beside transformers, if installed
 python main.py --figures                     a minute; draws assets/ anew
 python main.py --selfcheck                   seconds; does this machine compute right?

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW = 4  # pairs of token and expert that are not worth sorting
+SOME = 64  # pairs whose matrices a compiled step may read one after the other
 
 
 @dataclass
@@ -176,10 +177,26 @@ def pairwise(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
     return out
 
 
+def gathered(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """The matrices of each pair's expert side by side: for few tokens, in a compiled step.
+
+    Its shapes do not depend on where the tokens go, and the compiler reads the matrices where they
+    lie; without it they are copied for every token. Needs room for all (dropless).
+    """
+    gate, up = ((w[routing.chosen] * x[:, None, None, :]).sum(-1) for w in (experts.w1, experts.w3))
+    hidden = F.silu(gate) * up  # (N, k, F)
+    out = (experts.w2[routing.chosen] * hidden[:, :, None, :]).sum(-1)  # (N, k, D)
+    return (out * routing.weights.unsqueeze(-1).to(x.dtype)).sum(dim=1)
+
+
 def fastest(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
-    """`pairwise` for what one text needs to write on, else `grouped`; see `main.py --bench`."""
-    few = routing.chosen.numel() <= FEW and not torch.is_grad_enabled()
-    return (pairwise if few else grouped)(experts, x, routing)
+    """The dispatcher that `main.py --bench` found quickest for so many pairs."""
+    n_pair = routing.chosen.numel()
+    if torch.is_grad_enabled() or n_pair > SOME:
+        return grouped(experts, x, routing)
+    if torch.compiler.is_compiling():
+        return gathered(experts, x, routing)
+    return (pairwise if n_pair <= FEW else grouped)(experts, x, routing)
 
 
 class MixtureOfExperts(nn.Module):

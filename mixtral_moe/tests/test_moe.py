@@ -2,13 +2,16 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import generate
 import moe
+from model import Mixtral, MixtralConfig
 from moe import (
     Experts,
     MixtureOfExperts,
@@ -215,6 +218,31 @@ def test_pairs_one_by_one_are_the_loop_and_take_over_for_few_tokens(capacity):
         mixture.experts.dispatch = moe.fastest
         for n in (1, 2, 3, 9):
             assert torch.allclose(mixture.eval()(x[:n]), mixture(x)[:n], atol=1e-12)
+
+
+def test_matrices_side_by_side_are_the_loop():
+    """What a compiled step does for few tokens."""
+    mixture, x = layer().eval(), tokens(9, 8).detach()
+    mixture.experts.dispatch = loop
+    expected = mixture(x)
+    mixture.experts.dispatch = moe.gathered
+    assert torch.allclose(mixture(x), expected, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports old parts
+def test_a_compiled_text_is_the_plain_one():
+    """With a window, so that the ring goes round."""
+    torch.manual_seed(0)
+    sizes = MixtralConfig(vocab_size=40, seq_len=64, n_layer=1, d_model=16, d_head=8, n_head=2,
+                          n_kv_head=1, d_ff=8, n_expert=4, window=5, tie_embeddings=False)  # fmt: skip
+    model, greedy = Mixtral(sizes).eval(), generate.Sampling(temperature=0)
+    texts = [
+        list(generate.generate(model, [[1, 2, 3], [4]], 20, greedy, compile=compiled))
+        for compiled in (False, True)
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("way", WAYS)

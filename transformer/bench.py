@@ -206,9 +206,11 @@ def decoding(loaded: Loaded, theirs, n_row: int) -> dict[str, float]:
     sources = torch.randint(4, vocab_size, (n_row, LENGTH), device=device)
     search = decode.Search(beam=4, max_new_tokens=NEW)
     limits = torch.full((n_row,), NEW, device=device)
-    variants = {
-        "ours": lambda: decode.beam_search(loaded.model, sources, loaded.rules, limits, search)
-    }
+    model, variants = loaded.model, {}
+    for way in ("cached", "compiled"):
+        variants[f"ours {way}"] = lambda way=way: decode.beam_search(
+            model, sources, loaded.rules, limits, search, way
+        )
     if theirs:
         how = {"max_new_tokens": NEW, "num_beams": 4, "do_sample": False}
         how |= {"attention_mask": torch.ones_like(sources), "early_stopping": "never"}
@@ -228,9 +230,9 @@ def cache_gain(loaded: Loaded) -> dict[str, float]:
     variants = {}
     for n in (4, 8, 16, 32, 64, 128):
         limits = torch.full((1,), n, device=device)
-        for name, cached in (("cached", True), ("uncached", False)):
-            variants[f"{n} {name}"] = lambda limits=limits, cached=cached: decode.greedy_search(
-                loaded.model, source, loaded.rules, limits, cached
+        for way in ("cached", "uncached"):
+            variants[f"{n} {way}"] = lambda limits=limits, way=way: decode.greedy_search(
+                loaded.model, source, loaded.rules, limits, way
             )
     return seconds(variants, 5)
 

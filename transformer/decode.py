@@ -17,15 +17,14 @@ written.
 Key: B sentences, K hypotheses a sentence (the beam), V vocab_size, L most tokens of a hypothesis.
 """
 
-import copy
 import math
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+import quick
 from checkpoint import Loaded, Rules
 from data import pad
 from model import Transformer
@@ -90,78 +89,32 @@ def only_the_end(log_p: Tensor, rows: Tensor, end: int) -> Tensor:
     return torch.where(rows[:, None, None], forced, log_p)
 
 
-class PackedLinear(nn.Module):
-    """A linear layer whose matrix lies in memory as oneDNN, the CPU's library, wants it.
-
-    For the few rows of a search the usual product leaves most of the processor idle: with 4 rows
-    it took two to five times as long here. The function is PyTorch's own for compiled models.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None):
-        super().__init__()
-        self.bias = bias
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Has this PyTorch the packed product, for this device and number format?"""
-    there = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and torch.backends.mkldnn.enabled
-    return there and weight.device.type == "cpu" and weight.dtype == torch.float32
-
-
-PACKED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # what `pack` made of each model
-
-
-def pack(model: Transformer) -> tuple[Transformer, Callable]:
-    """(the model, what makes logits) for a search: the decoder's matrices packed where they can be.
-
-    The model itself stays as it is; what is not packed is shared with it. Packing takes as long as
-    a few steps, so it is kept until a weight is another one or has been changed.
-    """
-    weight = model.embedding.weight
-    if not can_pack(weight):
-        return model, model.head
-    if weight.is_inference():  # nobody counts the changes of such tensors
-        return pack_anew(model)
-    state = [(p.data_ptr(), p._version) for p in model.parameters()]
-    if model not in PACKED or PACKED[model][0] != state:
-        PACKED[model] = (state, pack_anew(model))
-    return PACKED[model][1]
-
-
-def pack_anew(model: Transformer) -> tuple[Transformer, Callable]:
-    """The same, whatever was kept."""
-    shared = {id(p): p for p in (*model.parameters(), model.table)}
-    twin = copy.deepcopy(model, shared)  # what the memo knows is not copied
-    for module in list(twin.decoder.modules()):
-        for name, layer in list(module.named_children()):
-            if type(layer) is nn.Linear:
-                setattr(module, name, PackedLinear(layer.weight, layer.bias))
-    return twin, PackedLinear(model.embedding.weight, model.logits_bias)
-
-
 class Decoder:
     """The model at work on some sentences: the logits after each row's tokens, one step at a time.
 
-    cached: with keys and values kept, or with all tokens read again at every step, the slow
-    definition of the same thing.
+    way: how a step is worked out, the same numbers each time. "cached" keeps keys and values;
+    "uncached" reads all tokens again, the slow definition; "compiled" is a cached step by
+    torch.compile, which takes half a minute at the first one and half the time for all others.
     """
 
     def __init__(self, model: Transformer, sources: Tensor, n_beam: int, n_slot: int, start: int,
-                 cached: bool = True):  # fmt: skip
+                 way: str = "cached"):  # fmt: skip
         """sources: (B, S) int64."""
-        self.cached, self.memory = cached, model.encode(sources)
-        self.model, self.head = pack(model)
-        self.cache = self.model.new_cache(self.memory, n_beam, n_slot) if cached else None
+        self.way, self.memory, self.cache = way, model.encode(sources), None
+        self.model, self.head = quick.pack(model)
+        if way == "compiled":
+            self.step = quick.compiled_step(model)
+            self.cache = quick.whole_cache(model, self.memory, n_beam, n_slot)
+        elif way == "cached":
+            self.cache = self.model.new_cache(self.memory, n_beam, n_slot)
         n_row = len(sources) * n_beam
         self.tokens = torch.full((n_row, 1), start, device=sources.device)  # (R, tokens so far)
 
     def logits(self) -> Tensor:
         """Of what could come next: (R, V)."""
-        if self.cached:
+        if self.way == "compiled":
+            return self.step(self.tokens[:, -1:], self.cache)
+        if self.way == "cached":
             features = self.model.decode(self.tokens[:, -1:], cache=self.cache)
         else:
             features = self.model.decode(self.tokens, self.memory)
@@ -170,7 +123,7 @@ class Decoder:
     def advance(self, rows: Tensor | None, tokens: Tensor) -> None:
         """Row i goes on from what row rows[i] was, with one more token, (R,) each."""
         if rows is not None:
-            if self.cached:
+            if self.cache:
                 self.cache.reorder(rows)
             self.tokens = self.tokens[rows]
         self.tokens = torch.cat((self.tokens, tokens[:, None]), dim=1)
@@ -178,7 +131,7 @@ class Decoder:
 
 @torch.inference_mode()
 def greedy_search(
-    model: Transformer, sources: Tensor, rules: Rules, limits: Tensor, cached: bool = True
+    model: Transformer, sources: Tensor, rules: Rules, limits: Tensor, way: str = "cached"
 ) -> list[list[Hypothesis]]:
     """The likeliest token at every step: one hypothesis a sentence.
 
@@ -186,7 +139,7 @@ def greedy_search(
     each, the end included. Raises UserError for logits that are no numbers.
     """
     B, L = len(sources), int(limits.max())
-    decoder = Decoder(model.eval(), sources, 1, L, rules.start, cached)
+    decoder = Decoder(model.eval(), sources, 1, L, rules.start, way)
     log_probs, lengths = [0.0] * B, [0] * B
     total = torch.zeros(B, dtype=torch.float64, device="cpu")
     is_open = torch.ones(B, dtype=torch.bool, device=sources.device)
@@ -226,7 +179,7 @@ def beam_search(
     rules: Rules,
     limits: Tensor,
     search: Search,
-    cached: bool = True,
+    way: str = "cached",
 ) -> list[list[Hypothesis]]:
     """The `nbest` hypotheses of highest score that a beam of K finds, best first, a sentence each.
 
@@ -251,7 +204,7 @@ def beam_search(
     each. Raises UserError for logits that are no numbers.
     """
     (B, K), L = (len(sources), search.beam), int(limits.max())
-    decoder = Decoder(model.eval(), sources, K, L, rules.start, cached)
+    decoder = Decoder(model.eval(), sources, K, L, rules.start, way)
     first_row = K * torch.arange(B, device=sources.device)[:, None]  # (B, 1)
     running, finished, going = None, Finished(B, K, L, sources.device), limits > 0
     for step in range(L):
@@ -363,7 +316,7 @@ def longest_translations(sources: list[list[int]], search: Search, model: Transf
 
 
 def search_translations(
-    loaded: Loaded, sources: list[list[int]], search: Search, cached: bool = True
+    loaded: Loaded, sources: list[list[int]], search: Search, way: str = "cached"
 ) -> list[list[Hypothesis]]:
     """The hypotheses of each source, (token ids with the end), found in one batch.
 
@@ -373,8 +326,8 @@ def search_translations(
     tokens = pad(sources, model.config.pad_id).to(device)
     limits = longest_translations(sources, search, model).to(device)
     if search.beam == 1:  # with one hypothesis nothing is left to go on with when it ends
-        return greedy_search(model, tokens, loaded.rules, limits, cached)
-    return beam_search(model, tokens, loaded.rules, limits, search, cached)
+        return greedy_search(model, tokens, loaded.rules, limits, way)
+    return beam_search(model, tokens, loaded.rules, limits, search, way)
 
 
 def encode_sources(loaded: Loaded, texts: list[str], too_long: str) -> list[list[int]]:
@@ -398,6 +351,7 @@ def translate(
     search: Search,
     n_token: int = 4096,
     progress: Callable[[int], None] = lambda n: None,
+    compile: bool = False,
 ) -> list[list[tuple[str, float]]]:
     """For each text its `nbest` translations with their scores, best first.
 
@@ -405,6 +359,7 @@ def translate(
     has one translation, the empty one. Raises UserError for a source that is too long, if asked to.
     """
     loaded.model.eval()
+    way = "compiled" if compile else "cached"
     sources = encode_sources(loaded, texts, search.too_long)
     found: list = [[("", 0.0)] for _ in texts]
     todo = [i for i in range(len(texts)) if texts[i].strip()]
@@ -413,9 +368,8 @@ def translate(
         width = len(sources[todo[-1]])  # longest first: a full memory shows at once
         n = max(1, n_token // (width * search.beam))
         batch, todo = todo[-n:], todo[:-n]
-        for i, hypotheses in zip(
-            batch, search_translations(loaded, [sources[i] for i in batch], search), strict=True
-        ):
+        best = search_translations(loaded, [sources[i] for i in batch], search, way)
+        for i, hypotheses in zip(batch, best, strict=True):
             found[i] = [(loaded.subwords.decode(list(h.tokens)), h.score) for h in hypotheses]
         progress(len(batch))
     return found

@@ -129,18 +129,22 @@ def show_some(pairs: list, translations: list[str], n: int = 3) -> None:
 def do_translate(args: argparse.Namespace) -> None:
     """Print the translation of a sentence, or of each line of standard input."""
     search = from_options(decode.Search(), args)
-    loaded = load(args)
+    compile, loaded = from_options(train.TrainConfig(), args).compile, load(args)
+
+    def work(texts: list[str]) -> None:
+        show(decode.translate(loaded, texts, search, compile=compile), search.nbest)
+
     if args.translate != "-":
-        show(decode.translate(loaded, [args.translate], search), search.nbest)
+        work([args.translate])
         return
     lines: list[str] = []
     for line in standard_input():
         lines.append(line.rstrip("\n"))
         if len(lines) == LINES:
-            show(decode.translate(loaded, lines, search), search.nbest)
+            work(lines)
             lines = []
     if lines:
-        show(decode.translate(loaded, lines, search), search.nbest)
+        work(lines)
 
 
 def standard_input():
@@ -175,7 +179,7 @@ def main() -> None:
     machine = ("weights", "device", "dtype")
     work = {
         "train": (do_train, train.TrainConfig, TransformerConfig, "size"),
-        "translate": (do_translate, *machine, decode.Search),
+        "translate": (do_translate, *machine, "compile", decode.Search),
         "eval": (do_eval, *machine, decode.Search, "data"),
         "bench": ("bench", "device", "dtype", "seed"),
         "figures": ("figures", "weights"),

@@ -65,7 +65,7 @@ def cached_is_uncached(device: torch.device) -> tuple[str, float, float]:
     loaded = Loaded(None, model, None, Rules(2, 3, (0, 2)))
     sources, search = torch.randint(4, 97, (3, 12)).tolist(), decode.Search(max_new_tokens=20)
     fast, slow = (
-        decode.search_translations(loaded, sources, search, cached) for cached in (True, False)
+        decode.search_translations(loaded, sources, search, way) for way in ("cached", "uncached")
     )
     texts = ([[h.tokens for h in found] for found in one] for one in (fast, slow))
     different = sum(one != other for one, other in zip(*texts, strict=True))

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from loop import refuse_flipped_bits
 from options import UserError, shorten
 from run import read_json
 
@@ -59,6 +60,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote; one with anything else in it is refused."""
     try:
+        refuse_flipped_bits(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped(file))
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from modelling import sentences, shaken
 
 import data
 import decode
+import quick
 from checkpoint import Loaded, Rules
 from decode import Search, beam_search, greedy_search
 from model import Transformer, TransformerConfig
@@ -131,7 +133,7 @@ def test_a_longer_one_that_wins_by_its_length_is_found():
     class Script:
         """Next-token probabilities by hand, of the tokens 0, end, 2, 3."""
 
-        def __init__(self, model, sources, n_beam, n_slot, start, cached):
+        def __init__(self, model, sources, n_beam, n_slot, start, way):
             self.tokens = torch.zeros(len(sources) * n_beam, 1, dtype=torch.int64)
 
         def logits(self):
@@ -166,10 +168,25 @@ def test_cached_is_uncached(loaded, beam):
     search = Search(beam=beam, nbest=beam, max_new_tokens=12)
     sources = sentences([6, 2, 9])
     found = decode.search_translations(loaded, sources, search)
-    slow = decode.search_translations(loaded, sources, search, cached=False)
+    slow = decode.search_translations(loaded, sources, search, way="uncached")
     for one, other in zip(itertools.chain(*found), itertools.chain(*slow), strict=True):
         assert one.tokens == other.tokens
         assert one.score == pytest.approx(other.score, abs=1e-10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++", "cl"))), reason="compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's compiler imports old parts
+def test_compiled_is_cached(loaded):
+    """For a batch of another size too, which is compiled anew."""
+    search = Search(beam=3, nbest=3, max_new_tokens=9)
+    for lengths in ([6, 2, 9], [4]):
+        sources = sentences(lengths)
+        found = decode.search_translations(loaded, sources, search)
+        quickly = decode.search_translations(loaded, sources, search, way="compiled")
+        for one, other in zip(itertools.chain(*found), itertools.chain(*quickly), strict=True):
+            assert one.tokens == other.tokens
+            assert one.score == pytest.approx(other.score, abs=1e-10)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -178,17 +195,17 @@ def test_packed_matrices_are_the_matrices(sizes, bias):
     import dataclasses
 
     model = shaken(Transformer(dataclasses.replace(sizes, logits_bias=bias))).eval()
-    if not decode.can_pack(model.embedding.weight):
+    if not quick.can_pack(model.embedding.weight):
         pytest.skip("this PyTorch has no packed product")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     sources, target = data.pad(sentences([6, 2])), torch.randint(4, 37, (2, 5))
-    twin, head = decode.pack(model)
+    twin, head = quick.pack(model)
     with torch.no_grad():
         memory = model.encode(sources)
         expected = model.head(model.decode(target, memory))
         found = head(twin.decode(target, memory))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
-    assert sum(type(m) is decode.PackedLinear for m in twin.modules()) == 3 * 7
+    assert sum(type(m) is quick.PackedLinear for m in twin.modules()) == 3 * 7
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
@@ -202,7 +219,7 @@ def test_a_search_after_the_weights_changed_uses_the_new_ones(sizes):
         for parameter in model.parameters():
             parameter += 0.5 * torch.randn_like(parameter)
     second = beam_search(model, sources, rules, limits, Search())
-    decode.PACKED.clear()
+    quick.PACKED.clear()
     assert beam_search(model, sources, rules, limits, Search()) == second != first
 
 

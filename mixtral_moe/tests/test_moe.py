@@ -235,9 +235,9 @@ def test_matrices_side_by_side_are_the_loop():
 def test_a_compiled_text_is_the_plain_one():
     """With a window, so that the ring goes round."""
     torch.manual_seed(0)
-    sizes = MixtralConfig(vocab_size=40, seq_len=64, n_layer=1, d_model=16, d_head=8, n_head=2,
-                          n_kv_head=1, d_ff=8, n_expert=4, window=5, tie_embeddings=False)  # fmt: skip
-    model, greedy = Mixtral(sizes).eval(), generate.Sampling(temperature=0)
+    sizes = {"vocab_size": 40, "seq_len": 64, "n_layer": 1, "d_model": 16, "d_head": 8, "d_ff": 8}
+    sizes |= {"n_head": 2, "n_kv_head": 1, "n_expert": 4, "window": 5, "tie_embeddings": False}
+    model, greedy = Mixtral(MixtralConfig(**sizes)).eval(), generate.Sampling(temperature=0)
     texts = [
         list(generate.generate(model, [[1, 2, 3], [4]], 20, greedy, compile=compiled))
         for compiled in (False, True)

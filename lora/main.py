@@ -24,7 +24,6 @@ import loading
 import lora
 import peft_folder
 import train
-from lora import LoraConfig
 from options import (
     Parser,
     UserError,
@@ -39,6 +38,7 @@ from options import (
 )
 from run import RunDirectory, newest_run, read_json, write_text
 from trainer import asked_for
+from variants import AdapterConfig
 
 HERE = Path(__file__).resolve().parent
 PROMPT = "News of Juno and a red kite:"
@@ -55,16 +55,20 @@ def parser() -> argparse.ArgumentParser:
                        metavar="DIR[=SHARE]", help="use it; several are added up")  # fmt: skip
     verbs.add_argument("--stop", action="append", default=[], type=utf8_text, metavar="TEXT",
                        help="ends a sample")  # fmt: skip
-    configs = (train.TrainConfig, LoraConfig, generate.SampleConfig, generate.Sampling)
+    configs = (train.TrainConfig, AdapterConfig, generate.SampleConfig, generate.Sampling)
     add_options(everything, *configs)
     return everything
 
 
 def do_train(args: argparse.Namespace) -> None:
     """Train; then leave samples and the training curve in the run directory."""
-    config, settings = asked_for(args, train.TrainConfig(), LoraConfig(), data.INSIDE)
-    if config.full and given(args, LoraConfig):
+    config, settings = asked_for(
+        args, train.TrainConfig(), AdapterConfig(), data.INSIDE, movable=("weights",)
+    )
+    if config.full and given(args, AdapterConfig):
         raise UserError("--full trains all weights: leave out what is said of the adapter")
+    if config.full and config.lr_ratio != 1:
+        raise UserError("--lr-ratio is of A and B, which --full does not have")
     train.train(config, settings, args.resume)
     run_dir = RunDirectory(config.out)
     if run_dir.writes and train.is_tested(run_dir, config):  # else it was stopped
@@ -113,25 +117,13 @@ def do_eval(args: argparse.Namespace) -> None:
         name = saved["data"]
     part = data.read_parts(name)["test"]
     pairs = data.encode_part(part, loaded.tokenizer, loaded.model.config.seq_len, name)
-    config = train.TrainConfig(data=name)
-    if (
-        loaded.model.config.vocab_size
-        != checkpoint.load(loading.PRETRAINED).model.config.vocab_size
-    ):
-        config = train.TrainConfig(data=name, weights=str(loaded.folder))
-    score = train.test_score(loaded, config, pairs, next(loaded.model.parameters()).dtype)
+    score = train.test_score(loaded, name, pairs, next(loaded.model.parameters()).dtype)
     print(f"test part: {train.describe(name, score, 'test')}")
     if "style" in score:
         print(f"answers: {score['style']:.1%} have the style, {score['asked']:.1%} do as asked")
     if "stories" in score:
         print(f"the base's own stories: {score['stories']:.3f} × their floor")
     print(json.dumps({"weights": str(loaded.folder), "data": name} | score))
-
-
-def of_our_base(loaded: checkpoint.Loaded) -> bool:
-    """Does the model read the tokens of the shipped base, and so its stories?"""
-    ours = checkpoint.load(loading.PRETRAINED)
-    return loaded.tokenizer.encode("One day") == ours.tokenizer.encode("One day")
 
 
 def do_sample(args: argparse.Namespace) -> None:
@@ -167,7 +159,7 @@ def main() -> None:
     """Do what the command line says, in the order of the help."""
     machine = ("weights", "adapter", "device", "dtype")
     work = {
-        "train": (do_train, train.TrainConfig, LoraConfig),
+        "train": (do_train, train.TrainConfig, AdapterConfig),
         "merge": (do_merge, *machine),
         "eval": (do_eval, *machine, "data"),
         "sample": (do_sample, *machine, generate.SampleConfig, generate.Sampling, "stop", "seed",

@@ -1,7 +1,8 @@
-"""How many bytes a training keeps: weights, gradients and the optimizer's moments.
+"""How many parameters learn, and how many bytes a training keeps for them.
 
-`planned` says it beforehand, `measured` counts the tensors that are there. Activations are apart:
-they depend on the batch, and an adapter saves few of them.
+That is weights, gradients and the optimizer's moments: `planned` says it beforehand, `measured`
+counts the tensors that are there. Activations are apart: they depend on the batch, and an adapter
+saves few of them.
 """
 
 import torch
@@ -12,6 +13,14 @@ def n_byte(tensors) -> int:
     """Bytes of tensors; one that is there twice counts once."""
     found = {t.data_ptr(): t.numel() * t.element_size() for t in tensors if t is not None}
     return sum(found.values())
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """(how many parameters learn, how many there are); a tied matrix counts once."""
+    parameters = list(model.parameters())
+    packed = sum(module.n_weight for module in model.modules() if hasattr(module, "n_weight"))
+    learn = sum(p.numel() for p in parameters if p.requires_grad)
+    return learn, packed + sum(p.numel() for p in parameters)
 
 
 def planned(model: nn.Module) -> dict[str, int]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lora import replace
+
 BLOCK = 64  # weights to a scale
 BLOCK_OF_SCALES = 256  # scales to a scale of scales
 
@@ -117,5 +119,4 @@ def quantize(model: nn.Module, paths: list[str]) -> None:
         layer = model.get_submodule(path)
         if type(layer) is not nn.Linear:
             raise ValueError(f"quantize: {path} is no linear layer")
-        parent, _, last = path.rpartition(".")
-        setattr(model.get_submodule(parent), last, NF4Linear(layer))
+        replace(model, path, NF4Linear(layer))

@@ -20,12 +20,14 @@ import torch
 from torch import Tensor, nn
 
 import lora
+from fused import FusedAdapter
 from huggingface import BLOCK, TOP
 from loop import save_tensors
-from lora import LoraConfig, LoraEmbedding, LoraLayer
 from model import Llama
 from options import UserError, shorten
+from other_layers import LoraEmbedding, TransposedLayer
 from run import place_to_export, read_json, write_json
+from variants import AdapterConfig, DoraAdapter, PissaAdapter
 from weights import read_safetensors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,6 +52,10 @@ UNKNOWN = {  # fields that change what an adapter computes, and the values that 
     "target_parameters": (None, []),
     "velora_config": (None,),
     "arrow_config": (None,),
+    # other starts change the base too: PiSSA's is found again, those of OLoRA, CorDA, LoftQ are not
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "pissa"),
+    "use_rslora": (False, True, None),
+    "use_dora": (False, True, None),
 }
 
 
@@ -96,6 +102,8 @@ def read(path: str | Path) -> Folder:
     for layer, found in tensors.items():
         if not {"lora_a", "lora_b"} <= found.keys():
             raise UserError(f"{path / WEIGHTS}: {layer} has only one of A and B")
+        if min(found["lora_a"].dim(), found["lora_b"].dim()) < 2:
+            raise UserError(f"{path / WEIGHTS}: {layer} has an A or B that is no matrix")
         if not all(x.is_floating_point() and x.isfinite().all() for x in found.values()):
             raise UserError(f"{path / WEIGHTS}: {layer} holds what is no finite number")
     if not tensors:
@@ -111,13 +119,25 @@ def refuse_what_we_lack(config: dict, where: Path) -> None:
         value = config.get(name, harmless[0])
         if value not in harmless:
             raise UserError(f"{where}: {name} {shorten(value, 40)} is not supported here")
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
+    sizes = [(name, config.get(name)) for name in ("r", "lora_alpha")]
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise UserError(f"{where}: {name} is no object")
+        refuse_odd_patterns(patterns, f"{where}: {name}")
+        sizes += [(f"{name} {shorten(key, 40)}", value) for key, value in patterns.items()]
+    for name, value in sizes:
         if type(value) not in (int, float) or not (0 < value < math.inf):
             raise UserError(f"{where}: {name} is {shorten(value, 40)}, a size was expected")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(name) or {}, dict):
-            raise UserError(f"{where}: {name} is no object")
+
+
+def refuse_odd_patterns(patterns: dict, where: str) -> None:
+    """UserError for a key that is no regular expression."""
+    for key in patterns:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise UserError(f"{where}: {shorten(key, 40)} is no pattern: {error}") from None
 
 
 def split_name(name: str, path: Path) -> tuple[str, str]:
@@ -149,8 +169,10 @@ def put_on(model: nn.Module, folder: Folder, name: str) -> list[str]:
         if path not in modules:
             raise UserError(f"{folder.path}: the model has no layer {theirs}")
     try:
+        settings = {path: settings_of(folder, path, theirs) for path, theirs in ours.items()}
         for path, theirs in ours.items():
-            put_one(model, path, folder, theirs, name)
+            lora.adapt(model, settings[path], name)
+            fill(model.get_submodule(path).adapters[name], folder.tensors[theirs], theirs)
     except ValueError as error:
         raise UserError(f"{folder.path}: {error}") from None
     for layer in lora.layers(model):
@@ -158,27 +180,47 @@ def put_on(model: nn.Module, folder: Folder, name: str) -> list[str]:
     return list(ours)
 
 
-def put_one(model: nn.Module, path: str, folder: Folder, theirs: str, name: str) -> None:
-    """The adapter of one layer. ValueError if it does not fit."""
+@dataclass(frozen=True)
+class FolderConfig(AdapterConfig):
+    """The settings of a folder. A rank beyond the matrix's own is of no use, but it is theirs."""
+
+    def refuse_rank(self, layer: lora.LoraLayer) -> None:
+        pass
+
+
+def fill(adapter: lora.Adapter, found: dict[str, Tensor], theirs: str) -> None:
+    """Put the tensors of the layer `theirs` into its adapter. ValueError if they do not fit."""
+    for kind, tensor in found.items():
+        mine = getattr(adapter, kind)
+        if mine.shape != tensor.shape:
+            there, here = tuple(tensor.shape), tuple(mine.shape)
+            raise ValueError(f"{kind} of {theirs} is {there}, the model needs {here}")
+        with torch.no_grad():
+            mine.copy_(tensor)
+
+
+def settings_of(folder: Folder, path: str, theirs: str) -> FolderConfig:
+    """What a folder says of the layer `theirs`, which is `path` here.
+
+    ValueError where its tensors say something else than its config.
+    """
     config, found = folder.config, folder.tensors[theirs]
-    rank = found["lora_a"].shape[0]
-    alpha = pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"])
-    settings = LoraConfig(
+    rank, said = (
+        len(found["lora_a"]),
+        pattern_value(config.get("rank_pattern"), theirs, config["r"]),
+    )
+    if rank != said:
+        raise ValueError(f"{theirs} has rank {rank}, {CONFIG} says {said}")
+    if bool(config.get("use_dora")) != ("magnitude" in found):
+        raise ValueError(f"{theirs}: use_dora is {config.get('use_dora')}, the tensors differ")
+    return FolderConfig(
         rank=rank,
-        alpha=alpha,
+        alpha=pattern_value(config.get("alpha_pattern"), theirs, config["lora_alpha"]),
         targets=f"^{re.escape(path)}$",
         dora="magnitude" in found,
         rslora=bool(config.get("use_rslora")),
+        pissa=config.get("init_lora_weights") == "pissa",
     )
-    lora.adapt(model, settings, name)
-    adapter = model.get_submodule(path).adapters[name]
-    with torch.no_grad():
-        for kind, tensor in found.items():
-            mine = getattr(adapter, kind)
-            if mine.shape != tensor.shape:
-                there, here = tuple(tensor.shape), tuple(mine.shape)
-                raise ValueError(f"{kind} of {theirs} is {there}, the model needs {here}")
-            mine.copy_(tensor)
 
 
 # ── Writing ───────────────────────────────────────────────────────────────────────────────────────
@@ -192,65 +234,61 @@ def write(model: nn.Module, name: str, folder: str | Path, base: str = "") -> No
     UserError for adapters of parts of a fused layer, which PEFT does not have.
     """
     folder = place_to_export(str(folder))
-    paths = [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and name in module.adapters
-    ]
-    named = {their_name(p) if isinstance(model, Llama) else p: p for p in paths}
-    tensors, ranks, scales = {}, {}, {}
-    for theirs, path in named.items():
-        layer = model.get_submodule(path)
-        adapter = layer.adapters[name]
-        if adapter.sizes:
-            raise UserError(f"{path}: PEFT has no adapters of parts of a fused layer")
-        a, b = whole_pair(adapter)
-        ranks[theirs], scales[theirs] = a.shape[0], adapter.scale
-        ends = ("lora_A.weight", "lora_B.weight")
-        if isinstance(layer, LoraEmbedding):
-            ends = ("lora_embedding_A", "lora_embedding_B")
-        for end, tensor in zip(ends, (a, b), strict=True):
-            tensors[f"{BEFORE}{theirs}.{end}"] = tensor.detach().cpu().clone()
-        if adapter.magnitude is not None:
-            magnitude = adapter.magnitude.detach().cpu().clone()
-            tensors[f"{BEFORE}{theirs}.lora_magnitude_vector"] = magnitude
-    layers = [model.get_submodule(path) for path in paths]
-    dora = any(layer.adapters[name].magnitude is not None for layer in layers)
-    config = their_config(ranks, scales, dora, any(layer.transposed for layer in layers), base)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder / WEIGHTS, tensors)
+    layers = {}
+    for path, module in model.named_modules():
+        if isinstance(module, lora.LoraLayer) and name in module.adapters:
+            layers[their_name(path) if isinstance(model, Llama) else path] = module
+    tensors = {}
+    for theirs, layer in layers.items():
+        tensors |= their_tensors(theirs, layer, layer.adapters[name])
+    config = their_config(layers, name) | {"base_model_name_or_path": base}
     if isinstance(model, Llama):
         config["task_type"] = "CAUSAL_LM"
+    folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / WEIGHTS, tensors)
     write_json(folder / CONFIG, config)
 
 
-def whole_pair(adapter: lora.Adapter) -> tuple[Tensor, Tensor]:
+def their_tensors(theirs: str, layer: lora.LoraLayer, adapter: lora.Adapter) -> dict[str, Tensor]:
+    """The tensors of one layer under PEFT's names."""
+    if isinstance(adapter, FusedAdapter):
+        raise UserError(f"{theirs}: PEFT has no adapters of parts of a fused layer")
+    ends = ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector"]
+    if isinstance(layer, LoraEmbedding):
+        ends[:2] = "lora_embedding_A", "lora_embedding_B"
+    numbers = list(untouched_pair(adapter))
+    if isinstance(adapter, DoraAdapter):
+        numbers.append(adapter.magnitude)
+    return {
+        f"{BEFORE}{theirs}.{end}": tensor.detach().cpu().clone()
+        for end, tensor in zip(ends, numbers, strict=False)  # few have a magnitude
+    }
+
+
+def untouched_pair(adapter: lora.Adapter) -> tuple[Tensor, Tensor]:
     """A and B of an adapter of the untouched base."""
-    a, b = adapter.pair()
-    if adapter.start_a is None:
-        return a, b
-    return torch.cat([a, adapter.start_a]), torch.cat([b, -adapter.start_b], dim=1)
+    return adapter.whole_pair() if isinstance(adapter, PissaAdapter) else adapter.pair()
 
 
-def their_config(ranks: dict, scales: dict, dora: bool, transposed: bool, base: str) -> dict:
+def their_config(layers: dict[str, lora.LoraLayer], name: str) -> dict:
     """An adapter_config.json. The scale is alpha / r in every case: rsLoRA is in alpha by now."""
-    rank, scale = next(iter(ranks.values())), next(iter(scales.values()))
+    adapters = {theirs: layer.adapters[name] for theirs, layer in layers.items()}
+    ranks = {theirs: len(untouched_pair(x)[0]) for theirs, x in adapters.items()}
+    alphas = {theirs: x.scale * ranks[theirs] for theirs, x in adapters.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": scale * rank,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {
-            n: scales[n] * r for n, r in ranks.items() if scales[n] * r != scale * rank
-        },
-        "target_modules": list(ranks),
+        "lora_alpha": alpha,
+        "rank_pattern": {theirs: r for theirs, r in ranks.items() if r != rank},
+        "alpha_pattern": {theirs: x for theirs, x in alphas.items() if x != alpha},
+        "target_modules": list(layers),
         "lora_dropout": 0.0,
-        "fan_in_fan_out": transposed,
+        "fan_in_fan_out": any(type(x) is TransposedLayer for x in layers.values()),
         "bias": "none",
         "use_rslora": False,
-        "use_dora": dora,
+        "use_dora": any(isinstance(x, DoraAdapter) for x in adapters.values()),
         "init_lora_weights": True,
         "inference_mode": True,
     }

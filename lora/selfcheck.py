@@ -14,9 +14,11 @@ from torch import nn
 import hardware
 import lora
 import nf4
+import several
 from model import Llama, LlamaConfig
 from options import UserError, say
 from train import TrainConfig
+from variants import AdapterConfig
 
 SIZES = LlamaConfig(vocab_size=97, n_layer=2, d_model=32, d_head=8, d_ff=48, seq_len=40)
 TARGETS = r"\.(wq|wv|w2)$"
@@ -26,7 +28,7 @@ def small_model() -> nn.Module:
     """A small adapted model whose adapters are not at their start, in float64."""
     torch.manual_seed(0)
     model = Llama(SIZES).double()
-    lora.adapt(model, lora.LoraConfig(rank=2, alpha=6.0, targets=TARGETS))
+    lora.adapt(model, AdapterConfig(rank=2, alpha=6.0, targets=TARGETS))
     with torch.no_grad():
         for layer in lora.layers(model):
             layer.adapters["default"].lora_b.normal_(std=0.1)
@@ -60,9 +62,9 @@ def oracles() -> dict[str, bool]:
     model, rows = small_model().eval(), torch.randint(97, (2, 20))
     apart = model(rows)
     weights = {n: x.clone() for n, x in model.state_dict().items()}
-    lora.activate(model, {})
+    several.activate(model, {})
     plain = model(rows)
-    lora.activate(model, {"default": 1.0})
+    several.activate(model, {"default": 1.0})
     lora.merge(model)
     merged = model(rows)
     lora.unmerge(model)

@@ -79,6 +79,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, settings: dict | None = None):
         self.model, self.settings = model, settings or {}
         try:
+            if not model:  # which the library takes for none given, and then says a line of its own
+                raise ValueError("empty")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self.processor.vocab_size()
             self.processor.decode([[i] for i in range(self.vocab_size)])  # all must be UTF-8

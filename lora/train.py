@@ -19,18 +19,17 @@ import data
 import hardware
 import judge
 import loading
-import lora
 import memory
 import text
 from checkpoint import Loaded
 from data import Pairs
 from loop import run_loop
-from lora import LoraConfig
 from options import UserError, option, say
-from run import RunDirectory
+from run import RunDirectory, read_json
 from trainer import CommonConfig, Trainer, announce, as_described, facts, started_with
+from variants import AdapterConfig, learning_groups
 
-ON_TRACK = 0.98  # of the answers must have the style
+ON_TRACK = 0.95  # of the answers have the style in every run that the README tells of
 BETAS = (0.9, 0.99)
 
 
@@ -56,6 +55,15 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     rise = min(1.0, (step + 1) / max(1, config.warmup))
     fall = 0.5 * (1 + math.cos(math.pi * step / config.steps))
     return config.lr * rise * (0.02 + 0.98 * fall)
+
+
+def flops_per_token(model: nn.Module, seq_len: int) -> float:
+    """Multiply-adds × 2 to train on one token: a frozen weight takes 4, one that learns takes 6.
+
+    A frozen weight passes gradients on to the layer before, and has none of its own.
+    """
+    learns, there = memory.trainable(model)
+    return model.flops_per_token(seq_len) * (4 + 2 * learns / there) / 6
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
@@ -87,13 +95,11 @@ class LoraTrainer(Trainer):
     def __init__(self, config: TrainConfig, model: nn.Module, parts: dict[str, Pairs], dtype):
         super().__init__(config, model, list(model.blocks), dtype)
         self.pairs, self.tied = parts, model.config.tie_embeddings
-        learns, there = lora.trainable(model)
-        # a frozen weight has no gradient of its own: 4 operations instead of 6
-        self.flops_per_unit = model.flops_per_token(64) * (4 + 2 * learns / there) / 6
+        self.flops_per_unit = flops_per_token(model, 64)
         self.loss_sum = torch.compile(loss_sum) if config.compile else loss_sum
 
     def make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups = [g for g in lora.learning_groups(model, self.config.lr_ratio) if g["params"]]
+        groups = [g for g in learning_groups(model, self.config.lr_ratio) if g["params"]]
         decay = self.config.weight_decay
         return torch.optim.AdamW(
             groups, lr=self.config.lr, betas=BETAS, weight_decay=decay, fused=True
@@ -132,8 +138,13 @@ def describe(source: str, score: dict, part: str) -> str:
     return said if floor is None else f"{said} = {score['nats_per_char'] / floor:.3f} × the floor"
 
 
-def begin(config: TrainConfig, settings: LoraConfig, base: Loaded, run_dir: RunDirectory) -> None:
-    """Check all that can be wrong, then put the tokenizer and the tokens into a new run."""
+def begin(
+    config: TrainConfig, settings: AdapterConfig, base: Loaded, run_dir: RunDirectory, known: str
+) -> None:
+    """Check all that can be wrong, then put the tokenizer and the tokens into a new run.
+
+    known: the fingerprint of the base.
+    """
     run_dir.refuse_what_is_not_ours(config.data)
     seq_len = base.model.config.seq_len
     parts = {
@@ -145,7 +156,7 @@ def begin(config: TrainConfig, settings: LoraConfig, base: Loaded, run_dir: RunD
         base.tokenizer.save(folder)
         data.write_pairs(parts, folder)
 
-    run_dir.create(facts(config, settings), fill)
+    run_dir.create(facts(config, settings, base=known), fill)
 
 
 def check_memory(config: TrainConfig, base: Loaded) -> None:
@@ -157,7 +168,7 @@ def check_memory(config: TrainConfig, base: Loaded) -> None:
     hardware.check_memory(needed, hardware.choose_device(config.device)[0], "training this")
 
 
-def build(config: TrainConfig, settings: LoraConfig, base: Loaded) -> nn.Module:
+def build(config: TrainConfig, settings: AdapterConfig, base: Loaded) -> nn.Module:
     """The base with what is to be learned."""
     if not config.full:
         loading.attach(base.model, settings)
@@ -166,7 +177,7 @@ def build(config: TrainConfig, settings: LoraConfig, base: Loaded) -> nn.Module:
 
 def expectations(config: TrainConfig, parts: dict[str, Pairs], model: nn.Module) -> None:
     """Print the data, what learns, and the numbers to expect."""
-    train, (learns, there) = parts["train"], lora.trainable(model)
+    train, (learns, there) = parts["train"], memory.trainable(model)
     epochs = config.steps * config.batch_size / len(train.bounds)
     uses = zip(("train on", "choose the best", "test"), parts.values(), strict=True)
     rows = ", ".join(f"{len(part.bounds):,} to {use}" for use, part in uses)
@@ -177,12 +188,12 @@ def expectations(config: TrainConfig, parts: dict[str, Pairs], model: nn.Module)
         say(f"expect     at the very best {floor:.4f} nats per character, the grammar's entropy")
 
 
-def conclude(trainer: LoraTrainer, settings: LoraConfig, run_dir: RunDirectory) -> None:
+def conclude(trainer: LoraTrainer, settings: AdapterConfig, run_dir: RunDirectory) -> None:
     """Score the test part once, with the weights that were best on the validation part."""
     config = trainer.config
     loaded = loading.load_run(run_dir.path)
     loaded.model.to(trainer.device)
-    score = test_score(loaded, config, trainer.pairs["test"], trainer.dtype)
+    score = test_score(loaded, config.data, trainer.pairs["test"], trainer.dtype)
     run_dir.log(step=config.steps, split="test", **score)
     say(f"test part  {describe(config.data, score, 'test')}")
     if "style" not in score:
@@ -190,19 +201,26 @@ def conclude(trainer: LoraTrainer, settings: LoraConfig, run_dir: RunDirectory) 
     say(f"answers    {score['style']:.1%} have the style, {score['asked']:.1%} do as asked")
     if "stories" in score:
         say(f"forgetting the base's stories cost {score['stories']:.3f} × their floor")
-    if as_described(config, settings, (TrainConfig(), LoraConfig())):
+    if as_described(config, settings, (TrainConfig(), AdapterConfig())):
         word = "on track" if score["style"] >= ON_TRACK else "off track"
         say(f"{word}: {score['style']:.1%} have the style, the README promises ≥ {ON_TRACK:.0%}")
 
 
-def test_score(loaded: Loaded, config: TrainConfig, pairs: Pairs, dtype: torch.dtype) -> dict:
+def test_score(loaded: Loaded, source: str, pairs: Pairs, dtype: torch.dtype) -> dict:
     """Loss on the test part; for the news also style, obedience, and loss on old stories."""
     score = evaluate(loaded.model, pairs.batches(64), pairs.n_char, dtype)
-    if data.floor(config.data, "test"):
-        score |= judge.judge(loaded, data.read_parts(config.data)["test"])
-        if not config.weights:
+    if data.floor(source, "test"):
+        score |= judge.judge(loaded, data.read_parts(source)["test"])
+        if knows_the_stories(loaded):
             score["stories"] = stories_score(loaded, dtype)
     return score
+
+
+def knows_the_stories(loaded: Loaded) -> bool:
+    """Does the model read the tokens of the shipped base, whose stories it may have learned?"""
+    ours, n_token = loading.load_base("").tokenizer, loaded.model.config.vocab_size
+    same = loaded.tokenizer.encode("One day") == ours.encode("One day")
+    return same and ours.vocab_size <= n_token
 
 
 def stories_score(loaded: Loaded, dtype: torch.dtype) -> float:
@@ -213,7 +231,13 @@ def stories_score(loaded: Loaded, dtype: torch.dtype) -> float:
     return score["nats_per_char"] / data.floor("news", "stories")
 
 
-def started_from(config: TrainConfig, settings: LoraConfig) -> tuple:
+def resumed_base(config: TrainConfig) -> Loaded:
+    """The base of the run in `config.out`, which may have moved to `config.weights`."""
+    known = read_json(Path(config.out) / "config.json").get("base", "")
+    return loading.base_of(Path(config.out), config.weights, "" if config.full else known)
+
+
+def started_from(config: TrainConfig, settings: AdapterConfig) -> tuple:
     """(config, settings, base, the run whose adapter is trained on, or None) of --weights.
 
     UserError for a run with another adapter than is asked for.
@@ -226,13 +250,14 @@ def started_from(config: TrainConfig, settings: LoraConfig) -> tuple:
         raise UserError(
             f"--weights {folder} trained all weights: --export it, and take that folder"
         )
-    if settings not in (LoraConfig(), former.settings):
+    if settings not in (AdapterConfig(), former.settings):
         raise UserError(f"--weights {folder} brings its own adapter: leave its settings out")
     config = replace(config, weights=former.base)
-    return config, former.settings, loading.load_base(former.base), former
+    base = loading.base_of(folder, former.base, former.fingerprint)
+    return config, former.settings, base, former
 
 
-def train(config: TrainConfig, settings: LoraConfig, resume: bool = False) -> list[dict]:
+def train(config: TrainConfig, settings: AdapterConfig, resume: bool = False) -> list[dict]:
     """Fine-tune, and return the log. With `resume`, go on from the last checkpoint in `config.out`.
 
     Raises UserError for data, settings or files that will not do and for a loss that is not finite.
@@ -242,19 +267,22 @@ def train(config: TrainConfig, settings: LoraConfig, resume: bool = False) -> li
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
     run_dir = RunDirectory(config.out)
     with hardware.ranks(device), run_dir.writing():
-        config, settings, base, former = started_from(config, settings)
+        if resume:
+            base, former = resumed_base(config), None
+        else:
+            config, settings, base, former = started_from(config, settings)
         check_memory(config, base)
-        model = base.model
+        model, known = base.model, loading.fingerprint(base.model)
         hardware.seed_everything(config.seed)
         model = build(config, settings, base).to(device)
         if former:
             loading.fill(model, former)
         if run_dir.writes and resume:
-            run_dir.save_config(facts(config, settings))
+            run_dir.save_config(facts(config, settings, base=known))
         elif run_dir.writes:
-            begin(config, settings, base, run_dir)
+            begin(config, settings, base, run_dir, known)
         hardware.barrier()
-        started_with(run_dir.path, TrainConfig, LoraConfig)
+        started_with(run_dir.path, TrainConfig, AdapterConfig)
         parts = data.load_pairs(run_dir.path, base.tokenizer.vocab_size)
         trainer = LoraTrainer(config, model, parts, dtype)
         announce(config, settings, model, f"{device}: {why_device}; {config.dtype}: {why_dtype}")

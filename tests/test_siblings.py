@@ -14,6 +14,7 @@ import repo
 
 SIBLINGS = ("transformer", "llama", "mixtral_moe", "deepseek_mla")
 DECODERS = ("llama", "mixtral_moe", "deepseek_mla", "lora", "dpo")
+LLAMAS = ("llama", "lora", "dpo")
 PICTURES = ("cnn", "diffusion", "vae")
 SAME = {  # files that are the same in every folder that has them, and in which folders they may be
     "options.py": None,  # None: in all
@@ -22,12 +23,18 @@ SAME = {  # files that are the same in every folder that has them, and in which 
     "trainer.py": None,
     "loop.py": None,
     "tests/harness.py": None,
-    "text.py": DECODERS,
-    "tokenizer.py": DECODERS,
+    "text.py": (*DECODERS, "lstm"),
+    "tokenizer.py": (*DECODERS, "lstm"),
     "tokenizer_json.py": DECODERS,
     "generate.py": DECODERS,
-    "weights.py": (*DECODERS, "transformer"),
+    "weights.py": (*DECODERS, "transformer", "lstm"),
+    "model.py": LLAMAS,
+    "huggingface.py": LLAMAS,
+    "meta.py": LLAMAS,
+    "checkpoint.py": LLAMAS,
+    "data/make_stories.py": LLAMAS,
     "formats.py": PICTURES,
+    "data.py": ("cnn", "diffusion"),
 }
 EVERYWHERE = ("options.py", "run.py")
 WITH_TORCH = ("hardware.py", "trainer.py", "loop.py", "tests/harness.py")

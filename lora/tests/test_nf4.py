@@ -8,8 +8,8 @@ import loading
 import lora
 import memory
 import nf4
-from lora import LoraConfig
 from options import UserError
+from variants import AdapterConfig, learning_groups
 
 PUBLISHED = [  # QLoRA, appendix E, as the paper prints them
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -88,9 +88,9 @@ def test_odd_sizes_and_bias():
 def test_qlora_learns_beside_a_base_that_cannot(base):
     """Only A and B have gradients, the codes stay, and merging is refused."""
     model = base.float()
-    loading.attach(model, LoraConfig(rank=2, alpha=6.0, targets=r"\.(wq|w2)$", quantize=True))
+    loading.attach(model, AdapterConfig(rank=2, alpha=6.0, targets=r"\.(wq|w2)$", quantize=True))
     codes = [layer.base.codes.clone() for layer in lora.layers(model)]
-    optimizer = torch.optim.AdamW(lora.learning_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(learning_groups(model), lr=1e-2)
     rows, losses = torch.randint(97, (2, 17)), []
     for _ in range(30):
         loss = nn.functional.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
@@ -108,7 +108,7 @@ def test_qlora_learns_beside_a_base_that_cannot(base):
 def test_what_is_no_linear_layer_is_refused(base):
     lora.untie(base, "head")
     with pytest.raises(UserError, match="no linear layer"):
-        loading.attach(base, LoraConfig(rank=2, targets="embedding", quantize=True))
+        loading.attach(base, AdapterConfig(rank=2, targets="embedding", quantize=True))
 
 
 def test_memory_planned_is_memory_measured(base):
@@ -116,10 +116,10 @@ def test_memory_planned_is_memory_measured(base):
     model = base.float()
     n = sum(p.numel() for p in model.parameters())
     assert memory.planned(model) == {"weights": 4 * n, "gradients": 4 * n, "moments": 8 * n}
-    lora.adapt(model, LoraConfig(rank=2, targets=r"\.wq$"))
-    learns = lora.trainable(model)[0]
+    lora.adapt(model, AdapterConfig(rank=2, targets=r"\.wq$"))
+    learns = memory.trainable(model)[0]
     assert learns == 2 * 2 * (24 + 40)
-    optimizer = torch.optim.AdamW(lora.learning_groups(model))
+    optimizer = torch.optim.AdamW(learning_groups(model))
     model(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     optimizer.step()
     measured = {"weights": 4 * (n + learns), "gradients": 4 * learns, "moments": 8 * learns}

@@ -126,7 +126,7 @@ def outcome(history: list[dict], source: str) -> dict:
         ],
         "load": [
             (line["step"], [round(line[f"load_{n_layer - 1}_{e}"], 3) for e in range(n_expert)])
-            for line in steps[::5]
+            for line in steps[::10]
         ],
     }  # fmt: skip
 

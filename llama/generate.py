@@ -194,7 +194,8 @@ def compiled(model: nn.Module) -> Callable:
     torch._inductor.config.freezing = True  # weights are constants; no effect as a mere option
     torch._inductor.config.autotune_num_choices_displayed = 0  # and no tables of trials
     options = {"max_autotune": True}
-    if next(model.parameters()).device.type == "cpu":
+    weight, capability = next(model.parameters()), torch.backends.cpu.get_cpu_capability()
+    if weight.device.type == "cpu" and capability.startswith("AVX") and weight.itemsize < 8:
         # trials have the weights in the cache and choose MKL; read from memory, as a step reads
         # them, they are 1.6 × as fast in torch's own kernels (8 rows, float32)
         options["max_autotune_gemm_backends"] = "CPP"

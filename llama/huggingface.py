@@ -90,7 +90,7 @@ def our_config(config: dict, where: Path) -> LlamaConfig:
         values["n_kv_head"] = values["n_head"]
     if values["d_head"] is None and plain_int(values["d_model"]) and plain_int(values["n_head"]):
         values["d_head"] = values["d_model"] // values["n_head"]
-    values["rope_theta"] = rope.get("rope_theta", 10_000.0)
+    values["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10_000.0))
     if rope.get("rope_type", rope.get("type")) == "llama3":
         if lacking := [theirs for theirs in SCALING.values() if rope.get(theirs) is None]:
             raise UserError(f"{where}: {lacking[0]} is missing")

@@ -83,7 +83,7 @@ class LlamaConfig:
             raise ValueError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}")
         if self.d_head % 2:
             raise ValueError(f"d_head {self.d_head} is odd: rotary embeddings turn pairs")
-        if not (0 < self.rope_theta < math.inf and 0 <= self.norm_eps < math.inf):
+        if not (1 <= self.rope_theta < math.inf and 0 <= self.norm_eps < 1):
             raise ValueError(f"rope_theta {self.rope_theta} or norm_eps {self.norm_eps} is no size")
 
     @property

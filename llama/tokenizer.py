@@ -13,6 +13,7 @@ training. The folder `../pikotokenizer` builds such tokenizers from nothing; her
 """
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -79,6 +80,8 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, settings: dict | None = None):
         self.model, self.settings = model, settings or {}
         try:
+            if not model:  # which the library takes for none given, and then says a line of its own
+                raise ValueError("empty")
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = self.processor.vocab_size()
             self.processor.decode([[i] for i in range(self.vocab_size)])  # all must be UTF-8
@@ -266,12 +269,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if alphabet:
         return CharacterTokenizer(checked_alphabet(alphabet.get("alphabet"), folder))
     spm, both = folder / "tokenizer.model", folder / "tokenizer.json"
-    if both.exists():
-        try:
-            return JsonTokenizer(both, settings)
-        except UserError:
-            if not spm.exists():
-                raise
+    has_library = importlib.util.find_spec("tokenizers") is not None
+    if both.exists() and (has_library or not spm.exists()):  # a damaged one is not passed over
+        return JsonTokenizer(both, settings)
     if spm.exists():
         return SentencePieceTokenizer(spm.read_bytes(), settings)
     raise UserError(f"no tokenizer in {folder}: a tokenizer.model or tokenizer.json is needed")

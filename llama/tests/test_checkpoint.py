@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import sentencepiece
 import torch
-from harness import Bomb
+from harness import Bomb, flip_a_bit
 
 import checkpoint
 import huggingface
@@ -119,6 +119,16 @@ def test_old_style_config_gives_the_same_logits(transformers, tmp_path, scaled):
     config["rope_theta"] = rope.pop("rope_theta")
     config["rope_scaling"] = rope if scaled else None
     write_json(tmp_path / "config.json", config)
+    assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
+
+
+def test_theta_beside_the_rotary_parameters_counts(transformers, tmp_path):
+    """A mixture of both styles, in which transformers takes it too."""
+    save(hf_model(transformers), tmp_path)
+    config = read_json(tmp_path / "config.json")
+    config |= {"rope_parameters": {"rope_type": "default"}, "rope_theta": 77.0}
+    write_json(tmp_path / "config.json", config)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert difference(checkpoint.load(tmp_path).model, theirs) <= 1e-4
 
 
@@ -411,7 +421,7 @@ def test_metas_layout_gives_the_same_logits(tmp_path, n_kv_head, scaled, tied):
         rope_scaling=RopeScaling(32.0) if scaled else None,
         tie_embeddings=tied,
     )
-    ours = Llama(sizes)
+    ours = Llama(sizes).eval()
     params = {"max_seq_len": 64, "use_scaled_rope": scaled, "rope_scaling_factor": 32.0}
     loaded = checkpoint.load(save_meta(ours, tmp_path, **params)).model
     rows = torch.randint(258, (2, 50))
@@ -541,6 +551,8 @@ def folder(tmp_path):
         ({"rope_theta": None}, "config.json: rope_theta is missing"),
         ({"rope_theta": 10**400}, "config.json: int too large"),
         ({"rms_norm_eps": 10**400}, "config.json: int too large"),
+        ({"rms_norm_eps": 2.0}, "norm_eps 2.0 is no size"),
+        ({"rope_theta": 0.5}, "rope_theta 0.5 or"),
         ({"num_attention_heads": 0}, "n_head must be at least 1"),
         ({"num_key_value_heads": 0}, "n_kv_head must be at least 1"),
         ({"num_attention_heads": 0, "head_dim": None}, "config.json"),
@@ -647,6 +659,43 @@ def test_sparse_weight_is_refused(folder):
         torch.save(tensors | {"model.norm.weight": spoilt}, folder / "pytorch_model.bin")
         with pytest.raises(UserError, match="norm.weight is sparse, nested or has no values"):
             checkpoint.load(folder)
+
+
+def test_flipped_bit_in_a_pickle_is_refused(folder):
+    torch.save(
+        safetensors.torch.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
+    )
+    (folder / "model.safetensors").unlink()
+    checkpoint.load(folder)
+    flip_a_bit(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="damaged .* checksum"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8])
+@pytest.mark.parametrize("pickled", [False, True])
+def test_weights_of_eight_bits_are_refused(folder, pickled, dtype):
+    """They stand for other numbers, by scales that are kept beside them."""
+    respoil(folder, lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(dtype)}))
+    if pickled:
+        tensors = safetensors.torch.load_file(folder / "model.safetensors")
+        torch.save(tensors, folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=f"norm.weight holds {dtype}: quantized"):
+        checkpoint.load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_weights_quantized_by_torch_are_one_line(folder, recwarn):
+    """Reading them, torch warns of what it will leave out one day."""
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    small = torch.quantize_per_tensor(tensors["model.norm.weight"], 0.1, 0, torch.qint8)
+    torch.save(tensors | {"model.norm.weight": small}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    recwarn.clear()
+    with pytest.raises(UserError, match="norm.weight holds torch.qint8: quantized"):
+        checkpoint.load(folder)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

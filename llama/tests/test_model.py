@@ -408,7 +408,7 @@ def attend(request, monkeypatch):
 
 @torch.no_grad()
 def test_no_token_sees_a_later_one(sizes, attend):
-    model, rows = Llama(sizes).double(), torch.randint(97, (2, 12))
+    model, rows = Llama(sizes).double().eval(), torch.randint(97, (2, 12))
     before = model(rows)
     for t in range(1, 12):
         changed = rows.clone()
@@ -421,7 +421,7 @@ def test_no_token_sees_a_later_one(sizes, attend):
 @torch.no_grad()
 def test_no_token_sees_a_later_one_whatever_the_positions(sizes, attend):
     """Positions without a cache say how far keys turn, and nothing about who sees whom."""
-    model, rows = Llama(sizes).double(), torch.randint(97, (2, 12))
+    model, rows = Llama(sizes).double().eval(), torch.randint(97, (2, 12))
     plain = model(rows)
     in_order = torch.arange(12).expand(2, 12)
     assert (model(rows, positions=in_order) - plain).abs().max() < 1e-12
@@ -441,7 +441,7 @@ def test_no_token_sees_a_later_one_whatever_the_positions(sizes, attend):
 @torch.no_grad()
 def test_more_tokens_than_the_context_are_refused(sizes):
     """Context of 40: at once, in a cache that is larger, and by position."""
-    model, rows = Llama(sizes), torch.randint(97, (1, 41))
+    model, rows = Llama(sizes).eval(), torch.randint(97, (1, 41))
     assert model(rows[:, :40]).shape == (1, 40, 97)
     with pytest.raises(ValueError, match="41 tokens are more than the context of 40"):
         model(rows)
@@ -460,7 +460,7 @@ def test_more_tokens_than_the_context_are_refused(sizes):
 @pytest.mark.parametrize("n_token", [12, 40])
 def test_logits_do_not_depend_on_whether_gradients_are_on(sizes, n_token):
     """In bfloat16, by autocast and by conversion: the same kernel, so the same bits."""
-    model, rows = Llama(sizes), torch.randint(97, (2, n_token))
+    model, rows = Llama(sizes).eval(), torch.randint(97, (2, n_token))
     with torch.autocast("cpu", torch.bfloat16):
         trained = model(rows).detach()
         with torch.no_grad():
@@ -476,7 +476,7 @@ def test_logits_do_not_depend_on_whether_gradients_are_on(sizes, n_token):
 
 @torch.no_grad()
 def test_every_token_sees_every_earlier_one(sizes, attend):
-    model, rows = Llama(sizes).double(), torch.randint(97, (1, 12))
+    model, rows = Llama(sizes).double().eval(), torch.randint(97, (1, 12))
     before = model(rows)[0, -1]
     for t in range(12):
         changed = rows.clone()
@@ -486,7 +486,7 @@ def test_every_token_sees_every_earlier_one(sizes, attend):
 
 @torch.no_grad()
 def test_both_ways_to_attend_give_the_same_logits(sizes, monkeypatch):
-    model, rows = Llama(sizes).double(), torch.randint(97, (2, 12))
+    model, rows = Llama(sizes).double().eval(), torch.randint(97, (2, 12))
     logits = []
     for wanted in (attention, fused_attention):
         monkeypatch.setattr(model_file, "fastest_attention", lambda *_, w=wanted: w)
@@ -496,7 +496,7 @@ def test_both_ways_to_attend_give_the_same_logits(sizes, monkeypatch):
 
 @torch.no_grad()
 def test_order_matters(sizes):
-    model = Llama(sizes)
+    model = Llama(sizes).eval()
     a, b = model(torch.tensor([[1, 2, 3, 9], [2, 1, 3, 9]]))[:, -1]
     assert (a - b).abs().max() > 1e-3
 
@@ -525,7 +525,8 @@ def test_spread_of_the_initial_weights():
 @torch.no_grad()
 def test_loss_before_training_is_ln_v_and_a_half(tied):
     """ln 1024 + ½ = 7.43: noise of variance 1 in the logits costs half its variance."""
-    model = Llama(dataclasses.replace(PRESETS["tiny"], vocab_size=1024, tie_embeddings=tied))
+    sizes = dataclasses.replace(PRESETS["tiny"], vocab_size=1024, tie_embeddings=tied)
+    model = Llama(sizes).eval()
     rows = torch.randint(1024, (8, 129))  # within any preset's context
     loss = F.cross_entropy(model(rows[:, :-1]).mT, rows[:, 1:]).item()
     assert loss == pytest.approx(math.log(1024) + 0.5, abs=0.06)
@@ -553,7 +554,7 @@ def test_every_weight_gets_a_gradient(sizes):
 @torch.no_grad()
 def test_bfloat16_is_float32_with_fewer_digits(sizes):
     """By autocast and by conversion; logits have a spread of 1."""
-    model, rows = Llama(sizes), torch.randint(97, (2, 12))
+    model, rows = Llama(sizes).eval(), torch.randint(97, (2, 12))
     exact = model(rows)
     with torch.autocast("cpu", torch.bfloat16):
         assert (model(rows) - exact).abs().max() < 0.1
@@ -582,7 +583,7 @@ def test_head_width_is_free():
 @torch.no_grad()
 def test_cache_goes_on_from_where_it_is(sizes):
     """Two calls without positions: the second begins at slot 3."""
-    model, rows = Llama(sizes), torch.randint(97, (1, 6))
+    model, rows = Llama(sizes).eval(), torch.randint(97, (1, 6))
     cache = model.new_cache(1, 6)
     parts = [model(rows[:, :3], cache), model(rows[:, 3:], cache)]
     torch.testing.assert_close(torch.cat(parts, 1), model(rows), rtol=0, atol=1e-5)

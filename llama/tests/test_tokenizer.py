@@ -286,6 +286,15 @@ def test_json_file_comes_before_a_sentencepiece_one(tmp_path, trained_kinds, mon
     assert isinstance(load_tokenizer(folder), SentencePieceTokenizer)
 
 
+def test_damaged_json_file_is_not_passed_over_for_a_sentencepiece_one(tmp_path, trained_kinds):
+    """The two may differ: the text would become other ids without a word."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "tokenizer.model").write_bytes(trained_kinds["sentencepiece"].model)
+    (tmp_path / "tokenizer.json").write_text('{"version": ', encoding="utf-8")
+    with pytest.raises(UserError, match="tokenizer.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
 def test_json_file_without_the_library_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match="pip install tokenizers"):
@@ -325,6 +334,14 @@ def test_sentencepiece_file_with_a_piece_that_is_no_text(trained_kinds):
     piece = next(p for p in ("the", "and", "was", "to") if model.count(p.encode()))
     with pytest.raises(UserError, match="tokenizer.model is damaged"):
         SentencePieceTokenizer(model.replace(piece.encode(), b"\xff" * len(piece)))
+
+
+def test_empty_sentencepiece_file_is_one_line(tmp_path, capfd):
+    """The library takes no bytes for no model, and says so in lines of its own."""
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(UserError, match="tokenizer.model is damaged"):
+        load_tokenizer(tmp_path)
+    assert capfd.readouterr().err == ""
 
 
 def test_imported_json_tokenizer_is_saved_as_it_came(tmp_path):

@@ -39,9 +39,11 @@ def config(**changes) -> TrainConfig:
 
 
 def trainer(model: nn.Module | None = None, **changes) -> LlamaTrainer:
+    """Without `model` a Llama that stays in eval() mode: a fork's dropout would be noise here."""
     if model is None:
         torch.manual_seed(0)
-        model = Llama(SIZES)
+        model = Llama(SIZES).eval()
+        model.train = lambda mode=True: model
     return LlamaTrainer(config(**changes), model, {"train": tokens()}, torch.float32)
 
 
@@ -213,7 +215,7 @@ def test_model_that_knows_nothing_scores_ln_v():
 
 
 def test_score_is_the_loss_of_each_row_of_each_document():
-    model, held_out, total, n = Llama(SIZES), tokens(130), 0.0, 0
+    model, held_out, total, n = Llama(SIZES).eval(), tokens(130), 0.0, 0
     for begin, end in itertools.pairwise(held_out.bounds):
         document = torch.from_numpy(held_out.ids[begin:end].astype(np.int64))
         for start in range(0, len(document) - 1, 12):

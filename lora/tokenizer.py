@@ -13,6 +13,7 @@ training. The folder `../pikotokenizer` builds such tokenizers from nothing; her
 """
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -268,12 +269,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if alphabet:
         return CharacterTokenizer(checked_alphabet(alphabet.get("alphabet"), folder))
     spm, both = folder / "tokenizer.model", folder / "tokenizer.json"
-    if both.exists():
-        try:
-            return JsonTokenizer(both, settings)
-        except UserError:
-            if not spm.exists():
-                raise
+    has_library = importlib.util.find_spec("tokenizers") is not None
+    if both.exists() and (has_library or not spm.exists()):  # a damaged one is not passed over
+        return JsonTokenizer(both, settings)
     if spm.exists():
         return SentencePieceTokenizer(spm.read_bytes(), settings)
     raise UserError(f"no tokenizer in {folder}: a tokenizer.model or tokenizer.json is needed")

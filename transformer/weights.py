@@ -10,6 +10,7 @@ weights of language models, and nothing in it knows one.
 """
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,7 +62,9 @@ def read_pickle(file: Path) -> dict[str, Tensor]:
     """The tensors of a file that torch.save wrote; one with anything else in it is refused."""
     try:
         refuse_flipped_bits(file)
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped(file))
+        with warnings.catch_warnings():  # of quantized tensors, which are refused below
+            warnings.simplefilter("ignore")
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped(file))
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
     except Exception as error:  # a damaged pickle makes torch raise all kinds, IndexError too
@@ -116,7 +119,7 @@ def fill(build: Callable[[], nn.Module], state: dict[str, Tensor], where: Path |
         if found.shape != tensor.shape:
             there, needed = tuple(found.shape), tuple(tensor.shape)
             raise UserError(f"{where}: {name} is {there}, the configuration needs {needed}")
-        if not found.is_floating_point():
+        if not found.is_floating_point() or found.itemsize == 1:  # eight bits need scales beside
             raise UserError(f"{where}: {name} holds {found.dtype}: quantized weights are not read")
         if not torch.isfinite(found).all():
             raise UserError(f"{where}: {name} holds numbers that are not finite")

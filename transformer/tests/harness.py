@@ -720,6 +720,18 @@ def test_config_that_asks_for_more_memory_than_there_is(half, command):
     assert "training this needs" in command("--train", "--resume", "--out", half).only_line
 
 
+def test_run_whose_config_lacks_something_is_not_resumed(half, command):
+    """A default in its place would make another run of it without a word."""
+    good, before = run.read_json(half / "config.json"), state(half)["step"]
+    for part, values in (("train", good["train"]), ("model", good["model"])):
+        for name in values:
+            rest = {key: value for key, value in values.items() if key != name}
+            run.write_json(half / "config.json", good | {part: rest})
+            outcome = command("--train", "--resume", "--out", half)
+            assert f"config.json, {part}: {name} is missing" in outcome.only_line
+    assert state(half)["step"] == before
+
+
 def test_damaged_config_is_one_line(half, command):
     good = run.read_json(half / "config.json")
     for name, text in spoilt_configs(good).items():

@@ -10,7 +10,6 @@ Our names are torchvision's. A file says nothing about the network but the shape
 with; both sources took ImageNet's, so those travel with the weights.
 """
 
-import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 import data
 import quantize
-from loop import save_tensors
+from loop import refuse_flipped_bits, save_tensors
 from model import NetConfig, build
 from options import UserError, make_config
 from run import (
@@ -122,21 +121,30 @@ def load(path: str | Path) -> Loaded:
 def picture_facts(config: dict, sizes: NetConfig) -> dict:
     """What config.json says of the pictures, as fields of Loaded. Raises for what is unfit."""
     pictures, trained = config["data"], config.get("train", {})
-    mean, std = ([float(x) for x in pictures[name]] for name in ("mean", "std"))
-    usable = all(map(math.isfinite, mean + std)) and all(std)
+    mean, std = ([float(x) for x in numbers(pictures[name])] for name in ("mean", "std"))
+    usable = all(0 <= x <= 1 for x in mean + std) and all(std)  # pixels are from 0 to 1
     if [len(mean), len(std)] != [sizes.channels] * 2 or not usable:
-        raise ValueError(f"mean and std must be {sizes.channels} numbers, std not 0")
-    classes = tuple(map(str, pictures["classes"]))
+        raise ValueError(f"mean and std must be {sizes.channels} numbers of 0 … 1, std not 0")
+    classes, views = pictures["classes"], config.get("views", [])
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes must be a list of texts")
     if len(classes) != sizes.n_class:
         raise ValueError(f"{len(classes)} classes, the network has {sizes.n_class}")
-    source, views = pictures["name"], config.get("views", [])
-    if not isinstance(source, str | None) or not set(views) <= set(VIEWS):
+    source, fits = pictures["name"], isinstance(views, list) and set(views) <= set(VIEWS)
+    if not isinstance(source, str | None) or not fits:
         raise ValueError(f"name must be a text, views some of {', '.join(VIEWS)}")
-    numbers = {name: trained.get(name, 0) for name in ("seed", "image_size")}
-    if any(type(value) is not int or value < 0 for value in numbers.values()):
+    whole = {name: trained.get(name, 0) for name in ("seed", "image_size")}
+    if any(type(value) is not int or value < 0 for value in whole.values()):
         raise ValueError("seed and image_size must be numbers of at least 0")
-    known = {"classes": classes, "mean": mean, "std": std, "views": tuple(views), "source": source}
-    return known | numbers
+    known = {"classes": tuple(classes), "views": tuple(views), "source": source}
+    return known | {"mean": mean, "std": std} | whole
+
+
+def numbers(values) -> list:
+    """A list of numbers from JSON as it is. TypeError for anything else, true and "1" too."""
+    if not isinstance(values, list) or any(type(x) not in (int, float) for x in values):
+        raise TypeError("mean and std must be lists of numbers")
+    return values
 
 
 def load_file(file: Path) -> Loaded:
@@ -156,6 +164,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
             return safetensors.torch.load_file(file)
         with warnings.catch_warnings():  # of other pickles, which are refused below
             warnings.simplefilter("ignore")
+            refuse_flipped_bits(file)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{file} is missing") from None
@@ -231,6 +240,10 @@ def fill(model: nn.Module, state: dict[str, Tensor], where: str | Path) -> nn.Mo
         if state[name].shape != tensor.shape:
             there, needed = tuple(state[name].shape), tuple(tensor.shape)
             raise UserError(f"{where}: {name} is {there}, the configuration needs {needed}")
+        both_floats = state[name].is_floating_point() and tensor.is_floating_point()
+        if not both_floats and state[name].dtype != tensor.dtype:
+            there, needed = state[name].dtype, tensor.dtype
+            raise UserError(f"{where}: {name} holds {there}, the network has {needed}")
         if not state[name].float().isfinite().all():
             raise UserError(f"{where}: {name} holds numbers that are not finite")
     if extra := sorted(state.keys() - wanted.keys()):

@@ -21,6 +21,7 @@ Key: N pictures, C channels (1 grey, 3 colour), H and W their size.
 """
 
 import functools
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,7 +248,9 @@ def read_picture(path: str | Path, channels: int, size: tuple[int, int]) -> Tens
     """
     if channels not in (1, 3):
         raise UserError(f"{path}: the network takes {channels} channels, a picture has 1 or 3")
-    array, _ = formats.read_picture(Path(path), str(path), size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on odd meta data
+        array, _ = formats.read_picture(Path(path), str(path), size)
     picture = Image.fromarray(array).convert("L" if channels == 1 else "RGB")
     array = np.array(picture).reshape(1, *size, channels)
     return torch.from_numpy(array).permute(0, 3, 1, 2).contiguous()

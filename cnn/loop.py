@@ -10,6 +10,7 @@ This file is the same in every folder of Piko that uses torch, and nothing in it
 import contextlib
 import math
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -179,6 +180,7 @@ def restore(trainer: Trainer, run_dir: RunDirectory, log: Log) -> tuple[int, flo
     done, best = 0, math.inf
     if run_dir.checkpoint.exists():
         try:
+            refuse_flipped_bits(run_dir.checkpoint)
             state = torch.load(run_dir.checkpoint, map_location="cpu", weights_only=True)
             refuse_misfits(trainer, state)
             done, best, log.pending = state["step"], state["best"], state["pending"]
@@ -191,6 +193,18 @@ def restore(trainer: Trainer, run_dir: RunDirectory, log: Log) -> tuple[int, flo
             raise UserError(f"{run_dir.checkpoint} is damaged or of another run ({what})") from None
     run_dir.truncate_log(done)
     return done, best
+
+
+def refuse_flipped_bits(file: Path) -> None:
+    """ValueError if a file of torch.save fails its own checksums, which torch.load passes over.
+
+    Files from before torch 1.6 have none, and torch.save can be told to write zeros instead.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            has_sums = any(part.CRC for part in archive.infolist())
+            if has_sums and (damaged := archive.testzip()):
+                raise ValueError(f"the checksum of {damaged} does not fit")
 
 
 def refuse_misfits(trainer: Trainer, state: dict) -> None:

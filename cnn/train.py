@@ -50,12 +50,12 @@ class TrainConfig(CommonConfig):
         least=0, most=1024,
     )  # fmt: skip
     steps: int = option(800, "optimizer steps", least=1)
-    batch_size: int = option(128, "pictures per step, over all ranks", least=1)
+    batch_size: int = option(128, "pictures per step, over all ranks", least=2)
     optimizer: str = option("muon", "how gradients become steps", ("muon", "sgd"))
-    lr: float = option(0.2, "highest learning rate", above=0)
+    lr: float = option(0.2, "highest learning rate", above=0, most=1e6)
     momentum: float = option(0.9, "how much of the last direction is kept", least=0, below=1)
     nesterov: bool = option(True, "look ahead along the momentum (Nesterov)")
-    weight_decay: float = option(5e-4, "of filters and matrices", least=0)
+    weight_decay: float = option(5e-4, "of filters and matrices", least=0, most=1e6)
     grad_clip: float = option(0.0, "largest norm of the gradient; 0 is no limit", least=0)
     label_smoothing: float = option(
         0.1, "part of the label that is shared by all classes", least=0, below=1

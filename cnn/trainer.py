@@ -106,11 +106,18 @@ def with_whole_paths(config: CommonConfig, inside: tuple[str, ...]) -> CommonCon
 
 
 def started_with(folder: Path, training: type, model: type) -> tuple:
-    """What the run in `folder` was started with. UserError if there is none."""
+    """What the run in `folder` was started with.
+
+    UserError if there is none, or if not all of it is known: no default may change a run.
+    """
     saved = read_json(folder / "config.json", optional=True)
     if "train" not in saved:
         raise UserError(f"nothing to resume in {folder}: no run was started there")
     refuse_endless(folder)
+    for part, kind in (("train", training), ("model", model)):
+        names = {field.name for field in dataclasses.fields(kind)} - {"out"}
+        if isinstance(saved.get(part), dict) and (lacking := names - saved[part].keys()):
+            raise UserError(f"{folder}/config.json, {part}: {min(lacking)} is missing")
     config = make_config(training, saved["train"], f"{folder}/config.json, train")
     sizes = make_config(model, saved.get("model"), f"{folder}/config.json, model")
     return dataclasses.replace(config, out=str(folder)), sizes

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -573,9 +574,37 @@ def test_damaged_checkpoints_are_refused(half, command):
         bad = bad[:at] if dice.random() < 0.5 else bad[:at] + dice.randbytes(50) + bad[at + 50 :]
         (half / "checkpoint.pt").write_bytes(bad)
         outcome = command("--train", "--resume", "--out", half)
-        if outcome.code:  # a flipped bit inside of a weight cannot be told from a weight
+        if outcome.code:  # between the parts of the file there are bytes that nobody reads
             assert "damaged" in outcome.complaint or "not finite" in outcome.complaint
         assert "Traceback" not in outcome.err
+
+
+def flip_a_bit(file: Path) -> None:
+    """Change one weight a little in a file of torch.save, so that it still reads as one."""
+    with zipfile.ZipFile(file) as archive:
+        tensors = [archive.read(name) for name in archive.namelist() if "/data/" in name]
+    numbers = max(tensors, key=len)
+    damaged = bytearray(file.read_bytes())
+    damaged[damaged.index(numbers) + len(numbers) // 2] ^= 1
+    file.write_bytes(damaged)
+    torch.load(file, weights_only=True)  # without a word
+
+
+def test_flipped_bit_in_a_checkpoint_is_refused(half, command):
+    flip_a_bit(half / "checkpoint.pt")
+    outcome = command("--train", "--resume", "--out", half)
+    assert "checkpoint.pt is damaged" in outcome.complaint and "checksum" in outcome.complaint
+
+
+def test_checkpoint_without_checksums_is_taken(half, whole, command):
+    """torch.save writes zeros in their place where it is told to be quick."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(state(half), half / "checkpoint.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert command("--train", "--resume", "--out", half).code == 0
+    assert same_run(half, whole)
 
 
 @pytest.mark.parametrize("left", ["nothing", "empty", "file", "no run"])
@@ -691,6 +720,18 @@ def test_config_that_asks_for_more_memory_than_there_is(half, command):
     assert "training this needs" in command("--train", "--resume", "--out", half).only_line
 
 
+def test_run_whose_config_lacks_something_is_not_resumed(half, command):
+    """A default in its place would make another run of it without a word."""
+    good, before = run.read_json(half / "config.json"), state(half)["step"]
+    for part, values in (("train", good["train"]), ("model", good["model"])):
+        for name in values:
+            rest = {key: value for key, value in values.items() if key != name}
+            run.write_json(half / "config.json", good | {part: rest})
+            outcome = command("--train", "--resume", "--out", half)
+            assert f"config.json, {part}: {name} is missing" in outcome.only_line
+    assert state(half)["step"] == before
+
+
 def test_damaged_config_is_one_line(half, command):
     good = run.read_json(half / "config.json")
     for name, text in spoilt_configs(good).items():
@@ -715,7 +756,7 @@ REFUSED = [
     (["--steps", "1" + "0" * 400], "steps must be at most"),
     (["--steps", "9" * 5000], "--steps: invalid int value"),
     (["--steps", "1" + "0" * 20], "steps must be at most"),
-    (["--batch-size", "-1"], "batch_size must be at least 1"),
+    (["--batch-size", "-1"], "batch_size must be at least"),
     (["--batch-size", "1" + "0" * 20], "batch_size must be at most"),
     (["--lr", "nan"], "lr must be a finite number, not nan"),
     (["--lr", "inf"], "lr must be a finite number, not inf"),

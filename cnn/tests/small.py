@@ -11,6 +11,9 @@ RANKS = [[]]
 REFUSED = [
     (["--micro-batch-size", "2"], "batch normalisation looks at the whole batch"),
     (["--weight-decay", "-1"], "weight_decay must be at least 0"),
+    (["--weight-decay", "1e308"], "weight_decay must be at most"),  # more than float32 holds
+    (["--lr", "1e308"], "lr must be at most"),
+    (["--batch-size", "1"], "batch_size must be at least 2"),  # of one there is no variance
     (["--momentum", "1"], "momentum must be less than 1"),
     (["--label-smoothing", "1"], "label_smoothing must be less than 1"),
     (["--ema", "-0.1"], "ema must be at least 0"),

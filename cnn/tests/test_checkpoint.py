@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from harness import flip_a_bit
 from torch import nn
 
 import checkpoint
@@ -214,6 +215,13 @@ def test_damaged_pickles_are_read_or_refused(tmp_path):
             assert load(tmp_path / "a.pth").sizes == VARIANTS[1]
 
 
+def test_flipped_bit_in_a_pickle_is_refused(tmp_path):
+    torch.save(random(VARIANTS[1]).state_dict(), tmp_path / "a.pth")
+    flip_a_bit(tmp_path / "a.pth")
+    with pytest.raises(UserError, match="damaged .* checksum"):
+        load(tmp_path / "a.pth")
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         load(tmp_path / "none")
@@ -228,11 +236,19 @@ def test_nothing_there(tmp_path):
         (lambda c: c["model"].update(hat=1), "hat"),
         (lambda c: c["model"].update(net="x"), "net must be one of fast, lenet, resnet"),
         (lambda c: c["data"].update(mean=[0.5]), "mean and std must be 3 numbers"),
-        (lambda c: c["data"].update(std=[1, 0, 1]), "mean and std must be 3 numbers, std not 0"),
+        (lambda c: c["data"].update(std=[1, 0, 1]), "mean and std must be 3 numbers of 0 … 1, std"),
+        (lambda c: c["data"].update(std=[1, -1, 1]), "mean and std must be 3 numbers of 0 … 1"),
+        (lambda c: c["data"].update(mean=[1, 1, 255]), "mean and std must be 3 numbers of 0 … 1"),
+        (lambda c: c["data"].update(mean=["0", "0", "0"]), "must be lists of numbers"),
+        (lambda c: c["data"].update(mean="000"), "must be lists of numbers"),
+        (lambda c: c["data"].update(std=[True] * 3), "must be lists of numbers"),
+        (lambda c: c["data"].update(classes=[None] * 10), "must be a list of texts"),
+        (lambda c: c["data"].update(classes="0123456789"), "must be a list of texts"),
+        (lambda c: c.update(views={}), "views some of"),
         (lambda c: c["data"].update(classes=["a"]), "1 classes, the network has 10"),
         (lambda c: c.pop("data"), "'data'"),
         (lambda c: c["model"].update(width=8), r"needs \(8, 3, 3, 3\)"),
-        (lambda c: c.update(int8=True), "lack"),
+        (lambda c: c.update(int8=True), "has torch.int8"),
     ],
 )
 def test_a_config_that_does_not_fit(change, message, tmp_path):
@@ -267,6 +283,22 @@ def test_files_with_a_nested_tensor(tmp_path):
     torch.save({"a": torch.nested.nested_tensor([torch.ones(3)])}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="something else than named tensors"):
         load(tmp_path / "a.pth")
+
+
+@pytest.mark.filterwarnings("error")  # torch warns as it forgets imaginary parts
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.uint8, torch.bool])
+def test_weights_in_another_kind_of_number(tmp_path, dtype):
+    """Each could be made a float, of another network."""
+    state = random(VARIANTS[1]).state_dict()
+    state["conv1.weight"] = state["conv1.weight"].to(dtype)
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"conv1.weight holds {dtype}, the network has .*float32"):
+        load(tmp_path / "a.safetensors")
+    state["conv1.weight"] = random(VARIANTS[1]).conv1.weight.detach().half()
+    state["bn1.num_batches_tracked"] = torch.tensor(3.5)
+    safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match="num_batches_tracked holds torch.float32"):
+        load(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

@@ -773,6 +773,16 @@ def test_a_picture_of_a_billion_pixels_takes_no_memory(tmp_path):
     tracemalloc.stop()
 
 
+def test_picture_with_odd_meta_data_gives_no_warning(tmp_path):
+    """Pillow has lines of its own for it, which would stand before the one that we say."""
+    file = save(tmp_path / "a.tiff", Image.new("P", (8, 8)))
+    file.write_bytes(file.read_bytes()[:490])  # within the palette
+    with warnings.catch_warnings(record=True) as said, pytest.raises(UserError, match="no picture"):
+        warnings.simplefilter("always")
+        data.read_picture(file, 3, (8, 8))
+    assert not said
+
+
 def test_the_committed_files_are_those_of_the_table():
     """data/README.md: name, size and sha256 of each."""
     table = (FOLDER / "data" / "README.md").read_text(encoding="utf-8")

@@ -756,7 +756,7 @@ REFUSED = [
     (["--steps", "1" + "0" * 400], "steps must be at most"),
     (["--steps", "9" * 5000], "--steps: invalid int value"),
     (["--steps", "1" + "0" * 20], "steps must be at most"),
-    (["--batch-size", "-1"], "batch_size must be at least 1"),
+    (["--batch-size", "-1"], "batch_size must be at least"),
     (["--batch-size", "1" + "0" * 20], "batch_size must be at most"),
     (["--lr", "nan"], "lr must be a finite number, not nan"),
     (["--lr", "inf"], "lr must be a finite number, not inf"),

@@ -120,7 +120,7 @@ def test_selfcheck_passes_here_and_names_a_device_that_lies(command, monkeypatch
 def test_experiment_trains_each_variant_once_and_ends_with_json(command, monkeypatch, tmp_path):
     """Two steps each; the second time nothing is trained."""
     monkeypatch.setattr(experiments, "RUNS", tmp_path)
-    monkeypatch.setattr(experiments, "SEEDS", {"dense": (0, 1)})
+    monkeypatch.setattr(experiments, "SEEDS", (0, 1))
     words = ["--experiment", "dense", "--steps", 2, "--batch-size", 2, "--dtype", "float32",
              "--eval-every", 1]  # fmt: skip
     first, second = command(*words), command(*words)

@@ -1,6 +1,6 @@
 """Diffusion from scratch: train a network to turn noise into data, sample it, measure it.
 
-python main.py --train                     a few minutes on a laptop: handwritten digits, by class
+python main.py --train                     a minute or two on a laptop: digits, by class
 python main.py --train --size toy          a minute: noise becomes a spiral
 python main.py --train --data FOLDER       your pictures; MNIST files, class folders, .npz, hf:NAME
 python main.py --sample --label 3          seconds; the newest run, or the network shipped here

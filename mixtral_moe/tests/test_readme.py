@@ -45,6 +45,7 @@ def measured() -> list[str]:
     for key in ("same_first", "same_any"):
         texts.append(spread([run[key][-1] for run in mixture], 0, 100) + " %")
     texts.append(f"takes {RESULTS['timed']['float32']:.0f} s in float32")
+    texts.append(f"{RESULTS['timed']['bfloat16']:.0f} s in bfloat16")
     if dropped := [run["dropped"] for run in RESULTS["balance"].get("capacity", [])]:
         texts.append(f"{100 * statistics.mean(dropped):.1f} %")
     if bench := RESULTS.get("bench-float32"):

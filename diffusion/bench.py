@@ -171,7 +171,7 @@ def quality(loaded: Loaded) -> list[dict]:
     rows = []
     for looks in (10, 20, 50):
         for name in ("ddpm", "ddim", "heun", "dpmpp"):
-            n_step = (looks + 1) // 2 if name == "heun" else looks
+            n_step = looks // 2 + 1 if name == "heun" else looks  # 2S − 2 looks, see `heun`
             config = SampleConfig(num_samples=N_JUDGED, sampler=name, sample_steps=n_step)
             found = measure.quality(loaded, source, config, judge)
             rows.append({"looks": looks, "sampler": name, "accuracy": found["accuracy"],

@@ -45,6 +45,9 @@ class Process:
         check(self)
         if self.first > self.last:
             raise ValueError(f"betas from {self.first} to {self.last} do not rise")
+        if self.schedule == "zero-snr" and self.target == "eps":
+            raise ValueError("the noise of a schedule that ends at noise alone (zero-snr) does not "
+                             "tell the data")  # fmt: skip
 
     def make_schedule(self) -> Schedule:
         return Schedule(self.schedule, self.n_step, self.first, self.last)

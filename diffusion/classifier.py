@@ -1,7 +1,7 @@
 """A small classifier of real pictures, which then reads the samples: are they what was asked for?
 
 Three convolutions and a linear layer, trained in seconds on the training part of the same data with
-every picture moved by a pixel at random. It never sees a sample. Its last features, 32 numbers a
+each batch moved by up to a pixel at random. It never sees a sample. Its last features, 32 numbers a
 picture, are also where the Fréchet distance is measured.
 
 Key: N pictures, C channels, H and W height and width, K classes, D = 32 features.

@@ -94,6 +94,10 @@ class Schedule:
             return 1 - sigma, sigma
         return self.alpha[times.long()], self.sigma[times.long()]
 
+    def time_of(self, step: int) -> Tensor:
+        """What a network is told at entry `step` of α and σ: the step; for the flow one more."""
+        return torch.tensor(step + 1 if self.is_flow else step)
+
     def draw(self, place: Tensor) -> Tensor:
         """Times (B,) for numbers (B,) that are uniform in [0, 1)."""
         return place * self.n_step if self.is_flow else (place * self.n_step).floor().long()
@@ -119,12 +123,12 @@ def posterior(x0: Tensor, x: Tensor, alpha, alpha_prev) -> tuple[Tensor, Tensor]
     Eq. 6 and 7 of arXiv:2006.11239, with ᾱ_t / ᾱ_s in place of α_t so that s may be any earlier
     step. The variance is 0 where s is the data itself.
     """
-    bar, bar_prev = spread(alpha, x.double()) ** 2, spread(alpha_prev, x.double()) ** 2
+    bar, bar_prev = (torch.as_tensor(z).cpu().double() ** 2 for z in (alpha, alpha_prev))
     beta = 1 - bar / bar_prev
     from_x0 = bar_prev.sqrt() * beta / (1 - bar)
     from_x = (1 - beta).sqrt() * (1 - bar_prev) / (1 - bar)
-    mean = from_x0.to(x.dtype) * x0 + from_x.to(x.dtype) * x
-    return mean, (beta * (1 - bar_prev) / (1 - bar)).to(x.dtype)
+    mean = spread(from_x0, x) * x0 + spread(from_x, x) * x
+    return mean, spread(beta * (1 - bar_prev) / (1 - bar), x)
 
 
 # ── Targets: what the network is asked for ────────────────────────────────────────────────────────

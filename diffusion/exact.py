@@ -138,9 +138,9 @@ def memorisation(samples: Tensor, training: Tensor, fresh: Tensor) -> dict[str, 
     """How many samples are copies of training rows, and how many of real unseen rows look so.
 
     A row counts as a copy if the nearest training row is less than a third as far away as the
-    second nearest: §3 of arXiv:2212.03860 and appendix B of arXiv:2303.02664 take such ratios, the
-    latter one third. distance: mean distance to the nearest training row, by the same of the unseen
-    rows: 0 for copies, 1 for samples as new as real rows are, per √D.
+    second nearest, as in Gu et al. 2023, arXiv:2310.02664. distance: mean distance to the nearest
+    training row, divided by the same of the unseen rows: 0 for copies, 1 for samples as new as real
+    rows are.
     """
     found = {}
     for name, rows in (("samples", samples), ("unseen", fresh)):

@@ -176,7 +176,7 @@ def loss_by_time(
             errors = train.errors_at(
                 loaded.model, loaded.process, schedule, part, at, noise.to(device), torch.float32
             )
-        found.append(errors.double().mean().cpu())
+        found.append(errors.cpu().double().mean())
         if best:
             least = exact.losses(best, schedule, at, target, rows, part.labels, noise)
             floors.append(least.mean())

@@ -69,6 +69,9 @@ class NetConfig:
                                  f"{self.n_group}, and at most 65536")  # fmt: skip
         if self.levels[0] % 2:
             raise ValueError(f"widths {self.widths}: the first must be even")
+        if not 0 <= self.freq_shift < self.levels[0] // 2:
+            raise ValueError(f"freq_shift {self.freq_shift} must be at least 0 and less than half "
+                             "of the first width")  # fmt: skip
         for level in (*self.attended, len(self.levels) - 1):
             if not 0 <= level < len(self.levels) or self.levels[level] % self.d_head:
                 raise ValueError(f"attention {self.attention}: there are resolutions 0 to "

@@ -25,6 +25,7 @@ from torch import Tensor
 from diffusion import Schedule, clipped, posterior, spread, to_x0_eps
 
 SPACINGS = ("trailing", "linspace", "leading")
+LEAST_ALPHA = 0.005  # below it there is hardly a signal, and `heun` steps as `ddim` does
 Predict = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # ── Grids ─────────────────────────────────────────────────────────────────────────────────────────
@@ -178,12 +179,14 @@ def heun(predict: Predict, x: Tensor, grid: Grid, dice=None) -> Tensor:
     """Heun's method on dx̄/dσ̄ = ε with x̄ = x/α, σ̄ = σ/α: Algorithm 1 of arXiv:2206.00364.
 
     A DDIM step, a second look from where it led, and the step again with the mean of both slopes.
-    The last step, to σ = 0, and a first one from α = 0 stay DDIM's. 2S − 1 looks.
+    The last step, to σ = 0, stays DDIM's, and so do those from α < 0.005: there σ̄ falls from
+    thousands to a few, and the slope at the few is wrong for nearly all of the way. At most 2S − 1
+    looks.
     """
     for i, (time, alpha, alpha_prev, sigma, sigma_prev) in enumerate(pairs(grid)):
         x0, eps = predict(x, time, alpha, sigma)
         there = spread(alpha_prev, x) * x0 + spread(sigma_prev, x) * eps
-        if alpha > 0 and sigma_prev > 0:
+        if alpha >= LEAST_ALPHA and sigma_prev > 0:
             _, eps_there = predict(there, grid.times[i + 1], alpha_prev, sigma_prev)
             step = sigma_prev / alpha_prev - sigma / alpha
             there = x / spread(alpha, x) + spread(step, x) * (eps + eps_there) / 2

@@ -253,7 +253,7 @@ def loss_of(
         noise = torch.randn(part.images.shape, generator=dice).to(device)
         times = schedule.draw(place.to(device))
         errors = errors_at(model, process, schedule, part, times, noise, dtype)
-        total += errors.double().mean().item() / n_level
+        total += errors.cpu().double().mean().item() / n_level  # not every device has float64
     return total
 
 
@@ -330,7 +330,8 @@ def expectations(trainer: DiffusionTrainer) -> None:
     say(f"process    {process.schedule}, {process.n_step} steps, target {process.target}")
     say(f"expect     loss {loss_of_zero(source, process):.3f} for answering 0 always")
     if source.mixture:
-        say(f"           and {source_floor(source, process):.4f} at the very best, the floor")
+        floor = source_floor(source, process, bool(trainer.sizes.n_class))
+        say(f"           and {floor:.4f} at the very best, the floor")
 
 
 def loss_of_zero(source, process: Process) -> float:
@@ -352,14 +353,15 @@ def choose_dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:
     return hardware.choose_dtype(name, device)
 
 
-def source_floor(source, process: Process) -> float:
-    """The least possible loss over all times, for points."""
+def source_floor(source, process: Process, labels: bool = True) -> float:
+    """The least possible loss over all times, for points; labels: where the network knows them."""
     import exact
 
     schedule = process.make_schedule()
     places = (torch.arange(64, dtype=torch.float64) + 0.5) / 64
     times = schedule.draw(places)
-    return exact.floor(source.mixture, schedule, times, process.target, 1024).mean().item()
+    mixture = source.mixture if labels else replace(source.mixture, labels=None)
+    return exact.floor(mixture, schedule, times, process.target, 1024).mean().item()
 
 
 def finish(trainer: DiffusionTrainer, run_dir: RunDirectory, at_end: Callable | None) -> None:

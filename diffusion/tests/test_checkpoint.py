@@ -29,6 +29,7 @@ PIPELINES = {
     "linear": {},
     "cosine, v": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
     "zero-snr, x0": {"rescale_betas_zero_snr": True, "prediction_type": "sample"},
+    "clipped narrowly": {"clip_sample_range": 0.5},
     "100 steps, large, no clipping": {
         "num_train_timesteps": 100,
         "beta_end": 0.1,
@@ -161,6 +162,8 @@ SCHEDULER = "scheduler/scheduler_config.json"
     (SCHEDULER, {"variance_type": "learned"}, "variance_type learned is not supported"),
     (SCHEDULER, {"num_train_timesteps": 0}, "n_step must be at least 2"),
     (SCHEDULER, {"beta_start": 0.5}, "do not rise"),
+    (SCHEDULER, {"rescale_betas_zero_snr": True}, "does not tell the data"),
+    (UNET, {"freq_shift": 8}, "freq_shift 8 must be at least 0"),
 ])  # fmt: skip
 def test_folders_that_are_not_ours_to_read_are_one_line(folder, file, changes, complaint):
     config = json.loads((folder / file).read_text(encoding="utf-8")) | changes
@@ -225,3 +228,13 @@ def test_data_that_do_not_fit_the_network_are_refused():
     with pytest.raises(UserError, match="does not say what it was trained on"):
         loaded().rows()
     assert loaded().rows("digits").shape == sources.load("digits").shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("process", [
+    Process("linear", 50, "v", 0.001, 0.05, "large", 0.0),
+    Process("zero-snr", 100, "x0", clip=0.7),
+    Process("cosine", target="eps", clip=2.0),
+])  # fmt: skip
+def test_processes_come_back_from_diffusers(process):
+    """Ours in the words of their DDPMScheduler, and those read again."""
+    assert checkpoint.our_process(checkpoint.their_process(process), "here") == process

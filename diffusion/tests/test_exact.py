@@ -123,3 +123,11 @@ def test_checkerboard_is_half_full():
     centres = toys.checkerboard()[0]
     dark = ((2 * centres).floor().sum(1) % 2 == 0).double().mean()
     assert len(centres) == 800 and dark == 1
+
+
+def test_copies_by_hand():
+    """Between training rows 0 and 4: 0.9 is 0.9/3.1 as far from the nearer, 1.1 is 1.1/2.9."""
+    training, fresh = (torch.tensor(z).view(-1, 1, 1, 1) for z in ([0.0, 4.0], [1.0, 1.1]))
+    found = exact.memorisation(torch.tensor([0.9, 1.1]).view(-1, 1, 1, 1), training, fresh)
+    assert found["memorised"] == 0.5 and found["memorised_real"] == 0
+    assert found["distance"] == pytest.approx(1.0 / 1.05)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from peers import Timekeeper
 
 import likelihood
 from diffusion import Schedule
@@ -92,3 +93,31 @@ def test_bits_per_dim_by_hand():
     assert likelihood.bits_per_dim(nats, shape, False).item() == pytest.approx(8)
     flat = torch.tensor([64 * math.log(2)])
     assert likelihood.bits_per_dim(flat, shape, True).item() == pytest.approx(8, abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["cosine", "flow"])
+def test_every_look_is_told_the_time_of_its_noise(known, name):
+    """A network answers for the time that it is told; the exact denoiser would not notice."""
+    mixture, x, _ = known
+    schedule = Schedule(name)
+    predict = Timekeeper(schedule, mixture)
+    likelihood.bound(predict, x[:2], schedule, False, DICE, 5)
+    likelihood.flow_nll(predict, x[:2], schedule, 5, DICE)
+    assert predict.n_look >= 6 + 11 and predict.n_wrong == 0
+
+
+def test_bound_counts_the_signal_that_is_left_at_the_end(known):
+    """100 of the linear steps leave α = 0.6, so the noisy end alone costs 1.6 nats: Eq. 5's L_T."""
+    mixture, x, truth = known
+    schedule = Schedule("linear", 100)
+    found = likelihood.bound(mixture, x[:3000], schedule, False, DICE, 0, 1000).mean()
+    assert truth[1000:3000].mean() < found < truth[1000:3000].mean() + 1
+
+
+def test_bound_of_pictures_is_their_entropy():
+    """Four pictures, equally often: ln 4 nats, for a denoiser that knows them."""
+    levels = torch.randint(256, (4, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    pictures = levels.double() / 127.5 - 1
+    x = pictures.repeat(200, 1, 1, 1)
+    found = likelihood.bound(Mixture(pictures), x, Schedule("linear"), True, DICE, 0, 200).mean()
+    assert found.item() == pytest.approx(math.log(4), rel=0.02)

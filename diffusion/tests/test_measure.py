@@ -1,18 +1,25 @@
 """The classifier, the Fréchet distance, and what --eval prints."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from test_model import SMALL, awake
+from torch import nn
 
 import classifier
+import likelihood
 import measure
 import sources
 from checkpoint import Loaded, Process
+from data import Split
+from diffusion import Schedule, target_of
+from exact import Mixture
 from measure import SampleConfig, check_sampler, sample
-from model import build
+from model import NetConfig, build
 from options import UserError
+from samplers import Denoiser, ddim, ddpm, make_grid
 
 
 def network(sizes=SMALL, **process) -> Loaded:
@@ -136,7 +143,7 @@ def test_quality_of_real_rows_is_perfect(judge, monkeypatch):
 
 
 def test_bits_of_a_network_that_knows_nothing():
-    """A finite number by both routes, and more than the 8 bits of bytes that say nothing."""
+    """A finite number by both routes, and more than that of the shipped network."""
     source = sources.load("digits")
     from dataclasses import replace
 
@@ -144,4 +151,67 @@ def test_bits_of_a_network_that_knows_nothing():
     model = build(sizes).eval()
     blank = Loaded(Path("nowhere"), model, sizes, Process(schedule="cosine", target="v"))
     found = measure.bits(blank, source, 8)
-    assert 3 < found["bits_per_dim"] < 30 and 3 < found["flow_bits_per_dim"] < 30
+    assert 5.5 < found["bits_per_dim"] < 30 and 5.5 < found["flow_bits_per_dim"] < 30
+
+
+@pytest.mark.parametrize(("flags", "sampler", "more"), [
+    ({"sampler": "ddim", "eta": 0.5, "guidance": 3.0, "spacing": "leading"}, ddim, {"eta": 0.5}),
+    ({"sampler": "ddpm", "guidance": 0.0}, ddpm, {"variance": "large"}),
+])  # fmt: skip
+def test_what_is_asked_for_reaches_the_sampler(flags, sampler, more):
+    """Guidance, spacing, η and the variance that the network was saved with, and clipping."""
+    loaded, labels = network(schedule="cosine", target="v", variance="large"), torch.arange(3)
+    found = sample(loaded, SampleConfig(sample_steps=4, seed=5, **flags), labels)
+    dice = torch.Generator().manual_seed(5)
+    noise = torch.randn(3, *SMALL.shape, generator=dice)
+    predict = Denoiser(loaded.model, "v", labels, flags["guidance"], SMALL.n_class, 1.0)
+    grid = make_grid(Schedule("cosine"), 4, flags.get("spacing", "trailing"))
+    with torch.no_grad():
+        wanted = sampler(predict, noise, grid, dice, **more)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+class Bell(nn.Module):
+    """In the place of a network: the exact v of pixels with mean 0 and standard deviation 0.3."""
+
+    def __init__(self, schedule: Schedule):
+        super().__init__()
+        self.schedule, self.zero = schedule, nn.Parameter(torch.zeros(1))
+        self.mixture = Mixture(torch.zeros(1, 1, 2, 2), 0.3)
+
+    def forward(self, x, times, labels):
+        alpha, sigma = self.schedule.at(times)
+        return target_of("v", *self.mixture(x, times, alpha, sigma), alpha, sigma) + self.zero
+
+
+def test_bits_of_pictures_whose_probability_is_known():
+    """Rounded to levels, 0.3 is 38 of them: log2(38 √(2πe)) = 7.3 bits, by both routes."""
+    process = Process(schedule="cosine", target="v")
+    rows = sources.to_bytes(0.3 * torch.randn(1024, 1, 2, 2))
+    part = Split(rows, torch.zeros(1024).long())
+    source = sources.Source("bell", ("0",), part, part, part)
+    sizes = NetConfig(image_height=2, image_width=2)
+    loaded = Loaded(Path("nowhere"), Bell(process.make_schedule()), sizes, process)
+    x = sources.to_unit(rows[:512]).double()
+    nats = -likelihood.level_log_mass(x, torch.zeros(1), torch.tensor(0.3).double())
+    truth = nats.mean().item() / math.log(2)
+    found = measure.bits(loaded, source, 512)
+    assert truth == pytest.approx(7.3, abs=0.1)
+    assert found["bits_per_dim"] == pytest.approx(truth, rel=0.01)
+    assert found["flow_bits_per_dim"] == pytest.approx(truth, rel=0.01)
+
+
+def test_flow_bits_are_of_blurred_pixels_and_not_clipped(monkeypatch):
+    """Half a level of blur each way. A clipped guess has no slope; the bound may clip."""
+    clips, asked = [], []
+
+    def seen(predict, rows, *_):
+        clips.append(predict.clip)
+        asked.append(rows)
+        return torch.zeros(len(rows))
+
+    monkeypatch.setattr(likelihood, "bound", seen)
+    monkeypatch.setattr(likelihood, "flow_nll", seen)
+    measure.bits(network(), sources.load("digits"), 4)
+    blur = 127.5 * (asked[1] - asked[0][4:])
+    assert clips == [1.0, 0.0] and 0.45 < blur.abs().max() <= 0.5 + 1e-4

@@ -175,3 +175,12 @@ def json_config(model) -> dict:
     config = dict(model.config) | {"_class_name": "UNet2DModel"}
     lists = {key: list(value) for key, value in config.items() if isinstance(value, tuple)}
     return config | lists
+
+
+def test_a_dit_knows_where_a_patch_is():
+    """Without the waves of `places` attention would give shuffled patches a shuffled answer."""
+    model = awake(DiT(NetConfig(net="dit", d_model=24, d_head=8, n_layer=1)))
+    x, times = torch.randn(1, 1, 8, 8), torch.zeros(1)
+    with torch.no_grad():
+        moved = model(x.roll(2, dims=3), times)
+        assert not torch.allclose(moved, model(x, times).roll(2, dims=3), atol=1e-3)

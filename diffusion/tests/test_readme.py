@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_model import SIDES
 
 import checkpoint
 import figures
 import results
+import sources
 import train
 from model import PRESETS, build
 from results import spread
@@ -86,6 +88,42 @@ def measured_by_the_bench() -> list[str]:
     for row in bench["quality"]:
         by_looks.setdefault(row["sampler"], []).append(f"{100 * row['accuracy']:.1f} %")
     return texts + [f"| {name} | {' | '.join(row)} |" for name, row in by_looks.items()]
+
+
+def test_numbers_of_the_prose_are_those_of_the_code():
+    """First losses, training pictures, and how much longer the larger presets take."""
+    source = sources.load("digits")
+    processes = (TrainConfig(schedule=name).process for name in ("cosine", "flow"))
+    zero, flow = (train.loss_of_zero(source, process) for process in processes)
+    assert f"expect     loss {zero:.3f} for answering 0" in README
+    assert f"(about {flow:.1f} at first)" in README
+    assert f"its {len(source.train):,} training pictures" in README
+    work = {}
+    for name in ("digits", "mnist", "shapes"):
+        sizes = replace(PRESETS[name], n_class=10, **SIDES[name])
+        config = TrainConfig(**train.RECIPES.get(name, {}))
+        work[name] = forward_flops(build(sizes), sizes) * config.batch_size * config.steps
+    times = {name: round(work[name] / work["digits"]) for name in work}
+    assert f"`mnist` has {times['mnist']} times" in README
+    assert f"`shapes` {times['shapes']} times" in README
+
+
+def test_memory_of_the_default_is_as_said():
+    """Bytes that autograd keeps of a forward pass of the default batch, weights left out."""
+    sizes, kept = train.described_sizes(), {}
+    network, rows = build(sizes), torch.zeros(TrainConfig().batch_size, *sizes.shape)
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        answer = network(rows, torch.zeros(len(rows)))
+    said = int(re.search(r"about (\d+) MB for the default", README)[1])
+    assert answer.requires_grad and sum(kept.values()) / 1e6 == pytest.approx(said, rel=0.1)
 
 
 def test_every_measured_number_is_the_measured_one():

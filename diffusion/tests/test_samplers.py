@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from peers import assert_near, float64, same_tables
+from peers import Timekeeper, assert_near, float64, same_tables
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import orders
 from diffusion import Schedule, q_sample
@@ -150,6 +151,54 @@ def test_samples_of_a_known_mixture_have_its_moments(name):
     found = (SAMPLERS | FLOWS)[name](mixture, x, make_grid(schedule, n_step))
     assert found.mean().item() == pytest.approx(0.5, abs=0.02)
     assert found.std().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "zero-snr", "flow"])
+@pytest.mark.parametrize("n_step", [5, 10])
+def test_second_order_is_better_from_noise_alone_too(name, n_step):
+    """The grids that samples are drawn on begin where σ/α may be 20,000; `orders` begins at 20."""
+    mixture, schedule = orders.mixture(), Schedule(name)
+    x = torch.randn(200, 2, 1, 1, dtype=torch.float64)
+    end = ddim(mixture, x, make_grid(schedule, 1000))
+    grid = make_grid(schedule, n_step)
+    error = {
+        solver: (SAMPLERS[solver](mixture, x, grid) - end).norm(dim=1).mean() for solver in SAMPLERS
+    }
+    assert max(error["heun"], error["dpmpp"]) < error["ddim"] < 0.5
+
+
+@pytest.mark.parametrize(
+    ("schedule", "name"),
+    [(schedule, name) for schedule in ("linear", "cosine", "zero-snr") for name in SAMPLERS]
+    + [("flow", name) for name in ("ddim", "heun", "dpmpp", *FLOWS)],
+)
+def test_every_look_is_told_the_time_of_its_noise(schedule, name):
+    """Also the second look of a step: the exact denoiser would not notice, a network would."""
+    process = Schedule(schedule)
+    predict = Timekeeper(process, honest(torch.zeros(2, 1, 1, 1, dtype=torch.float64)))
+    x = torch.randn(2, 1, 1, 1, dtype=torch.float64)
+    (SAMPLERS | FLOWS)[name](predict, x, make_grid(process, 7))
+    assert predict.n_look >= 7 and predict.n_wrong == 0
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses float64 on the device meta, which stands for one without it, such as mps."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor) and found.device.type == "meta":
+            assert found.dtype != torch.float64, func
+        return found
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *FLOWS])
+def test_samplers_work_where_there_is_no_float64(name):
+    schedule = Schedule("flow" if name in FLOWS else "cosine")
+    predict = Denoiser(lambda x, times, labels: torch.tanh(x), "v", clip=1.0)
+    x = torch.zeros(2, 1, 4, 4, device="meta")
+    with NoFloat64():
+        found = (SAMPLERS | FLOWS)[name](predict, x, make_grid(schedule, 3), torch.Generator())
+    assert found.shape == x.shape and found.dtype == torch.float32
 
 
 # ── Against diffusers ─────────────────────────────────────────────────────────────────────────────

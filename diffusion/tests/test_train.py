@@ -9,6 +9,7 @@ import torch
 
 import sources
 import train
+from diffusion import q_sample, target_of, weight
 from model import PRESETS, NetConfig, build
 from options import UserError
 from train import TrainConfig, even_places
@@ -190,3 +191,47 @@ def test_labels_can_be_left_out():
 def test_the_small_run_of_the_tests_is_a_picture_run(tmp_path):
     source = sources.load(str(small.write_data(tmp_path)))
     assert source.is_pictures and source.shape == (1, 8, 8) and len(source.classes) == 3
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_loss_of_a_batch_is_the_weighted_error_at_the_time_that_is_told(schedule):
+    """A network that answers 0: Σ w (target)², of rows that are α x0 + σ ε at the times it gets."""
+    trainer = trainer_for(moons(schedule=schedule, min_snr=5.0))
+    x0, noise, place, labels, share = trainer.batch(0)
+    asked = {}
+
+    def zero(x, times, labels):
+        asked.update(x=x, times=times, labels=labels)
+        return torch.zeros_like(x)
+
+    total, _, _ = trainer.batch_loss(zero, x0, noise, place, labels, share)
+    alpha, sigma = trainer.schedule.at(asked["times"])
+    torch.testing.assert_close(asked["x"], q_sample(x0, noise, alpha, sigma))
+    assert torch.equal(asked["labels"], labels)
+    target = trainer.process.target
+    square = target_of(target, x0, noise, alpha, sigma).square().flatten(1).mean(1)
+    wanted = (weight(target, alpha, sigma, 5.0) * square).sum()
+    assert total.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_floor_without_labels_is_higher():
+    """A network that is not told the moon cannot be as sure of where a point was."""
+    source, process = sources.load("moons"), moons().process
+    told, untold = (train.source_floor(source, process, labels) for labels in (True, False))
+    assert untold > 1.1 * told
+
+
+def test_scoring_works_where_there_is_no_float64(monkeypatch):
+    """On mps a tensor cannot be made float64 before it is on the CPU."""
+
+    class Elsewhere(torch.Tensor):
+        def double(self):
+            raise TypeError("no float64 here")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    trainer = trainer_for(moons())
+    usual = train.errors_at
+    monkeypatch.setattr(train, "errors_at", lambda *rest: usual(*rest).as_subclass(Elsewhere))
+    assert trainer.score()["loss"] > 0

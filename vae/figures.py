@@ -142,7 +142,7 @@ def of_run(loaded: checkpoint.Loaded, dataset: data.Dataset, target: Path) -> li
 
 
 def latent_map(axes: plt.Axes, model, n: int = 12) -> None:
-    """What two latents decode to, at equal steps of probability from 5 % to 95 %."""
+    """What two latents decode to, at equal steps of probability from 3 % to 97 %."""
     steps = torch.special.ndtri(torch.linspace(0.03, 0.97, n))
     z = torch.cartesian_prod(steps.flip(0), steps).flip(1)  # rows are the second latent
     put(axes, model.picture(z), n, "two latents: what each place decodes to")

@@ -6,7 +6,8 @@
                  no encoder needed. Chains of z begin at the prior and are led, by Hamiltonian
                  Monte Carlo, through p(z) p(x|z)^t from t = 0 to 1; their weights average to p(x)
 
-Both are lower bounds in expectation. That they agree although one uses the encoder and the other
+Both are lower bounds in expectation (annealing not to the letter, as its step size follows its own
+chains). That they agree although one uses the encoder and the other
 does not is the check.
 
 Key: B pictures, K draws or chains for each, D latents, T temperatures.
@@ -30,8 +31,8 @@ def importance(
     """log p(x) of pictures (B, C, H, W) by k draws from q(z|x) each: (B,) nats.
 
     dice: a generator on the CPU, so that the numbers are the same on every device.
-    at_once: how many draws are decoded together; it changes the time and not the result, but for
-    rounding.
+    at_once: how many draws are decoded together. It changes the time, and which dice fall, so two
+    values give two estimates, each as good as the other.
     """
     mu, logvar = model.encode(x)
     total = torch.full((len(x),), -torch.inf, dtype=torch.float64)  # on the CPU: MPS has no float64
@@ -61,7 +62,7 @@ def annealed(
 ) -> Tensor:
     """log p(x) of B pictures by K chains each: (B,) nats.
 
-    log_likelihood: log p(x|z) of z (B, K, D), as (B, K). shape: (B, K, D).
+    log_likelihood: log p(x|z) of z (B, K, D) on the CPU, as (B, K). shape: (B, K, D).
     At each temperature one Hamiltonian move of n_leapfrog steps. Its step size is one for each
     picture, and is led towards 65 % of moves accepted.
     """

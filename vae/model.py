@@ -196,7 +196,8 @@ NETS = {"mlp": (MlpEncoder, MlpDecoder), "conv": (ConvEncoder, ConvDecoder)}
 
 
 class Pixels(nn.Module):
-    """log p(x|z), given what the decoder says of each pixel. Always of whole bytes, so comparable.
+    """log p(x|z), given what the decoder says of each pixel. The last two are of whole bytes, so
+    their scores compare.
 
     bernoulli   x is 0 or 1, the decoder gives logits
     logistic    x is a grey level 0, 1/255 … 1, the decoder gives means; one learned width a channel
@@ -238,6 +239,11 @@ def begin_at_mean(decoder: nn.Module, mean: Tensor, sizes: VaeConfig) -> None:
     decoder.out.bias.copy_(mean.flatten())
 
 
+def precise(x: Tensor) -> Tensor:
+    """x in float32, or finer if it is: three digits of bfloat16 are too few for a sum of nats."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 # ── Models ────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -251,16 +257,16 @@ class VAE(nn.Module):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(mu, logvar) of q(z|x), (B, D) each."""
-        return tuple(self.encoder(x).float().chunk(2, dim=1))
+        return tuple(precise(self.encoder(x)).chunk(2, dim=1))
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z) of K draws z (B, K, D) for each picture (B, C, H, W): (B, K) nats."""
-        decoded = self.decoder(z.flatten(0, 1)).float()
+        decoded = precise(self.decoder(z.flatten(0, 1)))
         return self.pixels.log_prob(x, decoded.unflatten(0, z.shape[:2]))
 
     def picture(self, z: Tensor) -> Tensor:
         """The mean pictures (N, C, H, W) of latents (N, D)."""
-        return self.pixels.mean(self.decoder(z).float())
+        return self.pixels.mean(precise(self.decoder(z)))
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, ...]:
         """(log p(x|z) (B, K), mu, logvar, z (B, K, D)); eps (B, K, D) are the dice."""
@@ -284,12 +290,12 @@ class VQVAE(nn.Module):
 
     def picture(self, numbers: Tensor) -> Tensor:
         """The mean pictures (N, C, H, W) of codes (N, P)."""
-        return self.pixels.mean(self.decoder(self.codebook.codes[numbers]).float())
+        return self.pixels.mean(precise(self.decoder(self.codebook.codes[numbers])))
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, ...]:
         """(log p(x|codes) (B, 1), commitment (B,), numbers (B, P)). eps is not looked at."""
-        chosen, commitment, numbers = self.codebook(self.encoder(x).float())
-        decoded = self.decoder(chosen).float()[:, None]
+        chosen, commitment, numbers = self.codebook(precise(self.encoder(x)))
+        decoded = precise(self.decoder(chosen))[:, None]
         return self.pixels.log_prob(x, decoded), commitment, numbers
 
 

@@ -51,9 +51,10 @@ def log_density(x: Tensor, weight: Tensor, bias: Tensor, sigma2: Tensor) -> Tens
 
 
 def best_log_density(x: Tensor, n_latent: int) -> float:
-    """The largest mean log p(x) of any such model, Tipping and Bishop 1999, Eq. (8) to (10).
+    """The largest mean log p(x) of any such model, Tipping and Bishop 1999, Eq. (4), (7) and (8).
 
-    sigma² is the mean of the eigenvalues left over, W the others' directions.
+    sigma² is the mean of the eigenvalues left over; W has the others' directions, and squared
+    lengths λ − sigma².
     """
     values, _ = principal(x)
     n = x.shape[1]

@@ -21,7 +21,7 @@ from torch import Tensor
 S = 20
 CLASSES = ("square", "disc", "cross")
 FACTORS = {"shape": 3, "size": 4, "x": 10, "y": 10}
-BINS = 20  # a latent's values are sorted into so many classes of equal width, as in 1802.04942
+BINS = 20  # a latent's values are sorted into so many classes of equal width, as in 1811.12359
 
 
 def mask(shape: int, size: int, x: int, y: int) -> np.ndarray:

@@ -170,6 +170,10 @@ class VaeTrainer(Trainer):
         if config.shard:
             raise UserError("--shard is for weights that outgrow a device, and these networks are "
                             "small: leave it out and start with torchrun")  # fmt: skip
+        asked = (config.bound, config.samples, config.beta, config.free_bits)
+        if sizes.n_code and asked != ("elbo", 1, 1.0, 0.0):
+            raise UserError("--bound, --samples, --beta and --free-bits are about normal latents, "
+                            "and with --n-code there are none: leave them out")  # fmt: skip
         super().__init__(config, model, [], dtype)
         self.dataset, self.sizes = dataset, sizes
         self.images = dataset.train.images.to(self.device)
@@ -219,7 +223,7 @@ class VaeTrainer(Trainer):
         """After a step: the codes follow the vectors that chose them."""
         if self.sizes.n_code:
             codebook = getattr(self.model, "module", self.model).codebook
-            codebook.follow(hardware.sum_over_ranks)
+            codebook.follow(hardware.sum_over_ranks, first=hardware.rank() == 0)
         super().follow(number)
 
     def score(self) -> dict:
@@ -331,9 +335,10 @@ def finish(trainer: VaeTrainer, run_dir: RunDirectory, at_end: Callable | None) 
     try:
         loaded = checkpoint.load(run_dir.path)
         model = loaded.model.to(trainer.device)
-        n_draw = config.importance * len(dataset.test)
-        say(f"test part  {config.importance:,} draws for each of {len(dataset.test):,} pictures: "
-            f"{n_draw * 2 * macs_of_picture(model, sizes, 1) / 1e12:.1f} TFLOP")  # fmt: skip
+        if not sizes.n_code:
+            flops = 2 * len(dataset.test) * macs_of_picture(model, sizes, config.importance)
+            say(f"test part  {config.importance:,} draws for each of {len(dataset.test):,} "
+                f"pictures: {flops / 1e12:.1f} TFLOP")  # fmt: skip
         score = test(model, dataset.test.images, sizes, config.importance)
         run_dir.log(step=config.steps, split="test", **score)
         say(f"test part  {describe(score)}")

@@ -31,7 +31,10 @@ ACTIVE = 0.01  # nats (or variance) above which a latent counts as used
 
 
 def bounded(logvar: Tensor) -> Tensor:
-    """logvar kept where its exponential is a finite number, whatever a network says."""
+    """logvar kept where its exponential is a finite number, whatever a network says.
+
+    Outside of LOGVAR_RANGE the gradient is 0.
+    """
     return logvar.clamp(*LOGVAR_RANGE)
 
 
@@ -146,13 +149,14 @@ def iwae(log_weights: Tensor) -> Tensor:
 
     log_weights: log p(x|z) + log p(z) − log q(z|x), which is log p(x|z) − `kl_sampled`.
     """
-    return torch.logsumexp(log_weights, 1) - torch.tensor(float(log_weights.shape[1])).log()
+    return torch.logsumexp(log_weights, 1) - log_weights.new_tensor(log_weights.shape[1]).log()
 
 
 def beta_at(step: int, warmup: float, beta: float = 1.0) -> float:
-    """The weight of the KL at a step: it rises from 0 in a straight line over `warmup` steps.
+    """The weight of the KL at a step: it rises in a straight line, to beta after `warmup` steps.
 
-    Early on the decoder cannot use z yet, and a full KL would make the encoder give z up.
+    The first step has beta / warmup (annealing of the KL: 1511.06349). Early on the decoder cannot
+    use z yet, and a full KL would make the encoder give z up.
     """
     return beta * min(1.0, (step + 1) / warmup) if warmup >= 1 else beta
 

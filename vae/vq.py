@@ -37,7 +37,8 @@ class Codebook(nn.Module):
     def nearest(self, vectors: Tensor) -> Tensor:
         """The number of the nearest code to each vector, Eq. (1): (…, E) to (…)."""
         flat, codes = vectors.detach().flatten(0, -2).float(), self.codes.float()
-        distance = codes.square().sum(1) - 2 * flat @ codes.T  # + |v|², the same for all codes
+        with torch.autocast(vectors.device.type, enabled=False):  # three digits choose wrongly
+            distance = codes.square().sum(1) - 2 * flat @ codes.T  # + |v|², the same for all codes
         return distance.argmin(1).view(vectors.shape[:-1])
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,7 +47,7 @@ class Codebook(nn.Module):
         chosen = self.codes[numbers]
         commitment = (vectors - chosen).square().flatten(1).sum(1)
         if self.training:
-            self.note(vectors.detach().float(), numbers)
+            self.note(vectors.detach().to(self.total.dtype), numbers)
         return vectors + (chosen - vectors).detach(), commitment, numbers
 
     def note(self, vectors: Tensor, numbers: Tensor) -> None:
@@ -57,16 +58,17 @@ class Codebook(nn.Module):
         self.noted.append((count, total, flat[:1]))
 
     @torch.no_grad()
-    def follow(self, everywhere=lambda tensor: tensor) -> None:
+    def follow(self, everywhere=lambda tensor: tensor, first: bool = True) -> None:
         """Move the codes towards the vectors noted since the last call, Appendix A.1.
 
-        everywhere: sums a tensor over all processes. A code that hardly anybody chooses any more is
-        put where a vector is, or it would never be chosen again.
+        everywhere: sums a tensor over all processes. first: is this the process with the first rows
+        of the batch? A code that hardly anybody chooses any more is put where the first vector of
+        the batch is, or it would never be chosen again.
         """
         if not self.noted:
             return
         count, total = (everywhere(sum(x)) for x in list(zip(*self.noted, strict=True))[:2])
-        spare = everywhere(self.noted[0][2].clone()) / everywhere(torch.ones(1).to(count))
+        spare = everywhere(self.noted[0][2] * first)
         self.noted = []
         self.count.lerp_(count, 1 - self.decay)
         self.total.lerp_(total, 1 - self.decay)

@@ -153,6 +153,13 @@ def test_mutual_information_by_hand():
     assert sprites.mutual_information(a, b) == pytest.approx(0)
 
 
+def test_bins_have_equal_widths():
+    """20 bins from −1 to 1: 0.09 is in the one that begins at 0, the 11th; nothing varies: one."""
+    values = np.array([-1.0, -0.91, -0.89, 0.0, 0.09, 1.0])
+    assert sprites.binned(values).tolist() == [0, 0, 1, 10, 10, 19]
+    assert sprites.binned(np.full(3, 7.0)).tolist() == [0, 0, 0]
+
+
 def test_the_gap_is_1_for_the_factors_themselves_and_0_for_copies():
     factors = sprites.load()[2]
     truth = torch.from_numpy(factors).float()

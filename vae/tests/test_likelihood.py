@@ -43,7 +43,7 @@ def test_elbo_below_iwae_below_log_p(model):
 
 @pytest.mark.parametrize("at_once", [1, 30, 77, 100_000])
 def test_how_many_draws_are_decoded_together_does_not_matter(model, at_once):
-    """k draws are k draws: the estimate stays, within its noise, whatever divides k or does not."""
+    """Other dice, as good an estimate: within its noise, whatever divides k or does not."""
     model, x = model
     dice = torch.Generator().manual_seed(0)
     found = likelihood.importance(model, x, 1000, dice, at_once)

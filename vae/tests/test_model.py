@@ -55,6 +55,7 @@ def test_a_picture_scores_the_same_alone_and_in_a_batch(name):
     for i in range(6):
         alone = model(x[i : i + 1], eps[i : i + 1])
         for a, b in zip(together, alone, strict=True):
+            assert a.dtype == b.dtype and a.dtype != torch.float32
             torch.testing.assert_close(a[i : i + 1], b)
 
 
@@ -98,19 +99,21 @@ def test_the_first_reconstruction_is_that_of_the_mean_picture(net):
     assert score["kl"] < 1
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", ["gaussian", "logistic"])
-def test_grey_pictures_get_the_nats_of_bytes(kind):
+def test_grey_and_colour_pictures_get_the_nats_of_bytes(kind, channels):
     """A decoder that knows nothing cannot beat 8 bits a byte of even noise, ln 256 nats."""
     torch.manual_seed(0)
-    images = torch.randint(0, 256, (50, 1, 6, 6), dtype=torch.uint8)
-    sizes = VaeConfig(latent=2, width=4, likelihood=kind, image_height=6, image_width=6)
+    images = torch.randint(0, 256, (50, channels, 6, 6), dtype=torch.uint8)
+    sizes = with_data(VaeConfig(latent=2, width=4, likelihood=kind), (channels, 6, 6))
     model = build(sizes)
-    begin_at_mean(model.decoder, torch.full((1, 6, 6), 0.5), sizes)
+    begin_at_mean(model.decoder, torch.full((channels, 6, 6), 0.5), sizes)
     best = math.inf
     for log_scale in torch.linspace(-3, 2, 30):
         model.pixels.log_scale.data.fill_(log_scale)
         best = min(best, train.evaluate(model, images, sizes)["reconstruction"])
-    assert 36 * math.log(256) - 1 < best < 36 * math.log(256) * 1.1
+    even = channels * 36 * math.log(256)
+    assert even - 1 < best < even * 1.1
 
 
 def test_multiply_adds_are_counted():
@@ -118,6 +121,8 @@ def test_multiply_adds_are_counted():
     model, x = build(PRESETS["digits"]), torch.zeros(1, 1, 8, 8)
     assert macs(model.encoder, x) == 64 * 128 + 128 * 128 + 128 * 32
     assert macs(model.decoder, torch.zeros(1, 16)) == 16 * 128 + 128 * 128 + 128 * 64
+    both = macs(model.encoder, x) + 5 * macs(model.decoder, torch.zeros(1, 16))
+    assert train.macs_of_picture(model, PRESETS["digits"], 5) == both  # encoded once, however many
     sizes = VaeConfig(net="conv", width=4, depth=1, latent=2)
     conv = build(sizes)  # 4 pixels of a square to 4 channels, 3 × 3, at 16 places
     assert macs(conv.encoder, x) == 16 * 9 * 4 * 4 + 64 * 4

@@ -101,6 +101,68 @@ def test_iwae_with_one_draw_is_the_sampled_elbo(dataset):
     assert loss.item() == pytest.approx(wanted.sum().item(), rel=1e-6)
 
 
+def test_beta_weighs_the_sampled_kl_of_iwae(dataset):
+    trainer = trainer_of(dataset, bound="iwae", samples=3, beta=0.5, warmup=0.0)
+    x, eps = trainer.batch(0)
+    loss, _, _ = trainer.batch_loss(trainer.model, x, eps)
+    log_px, mu, logvar, z = trainer.model(x, eps)
+    wanted = (log_px - 0.5 * vae.kl_sampled(z, mu, logvar)).exp().mean(1).log()
+    assert loss.item() == pytest.approx(-wanted.sum().item(), rel=1e-5)
+
+
+def test_free_bits_reach_the_loss(dataset):
+    """Below a floor of 5 nats each, three latents cost 15 whatever they say."""
+    trainer = trainer_of(dataset, free_bits=5.0, warmup=0.0)
+    x, eps = trainer.batch(0)
+    loss, count, numbers = trainer.batch_loss(trainer.model, x, eps)
+    assert loss.item() == pytest.approx(numbers["reconstruction"].item() + 15 * count, rel=1e-6)
+
+
+def test_the_loss_of_codes_by_hand(dataset):
+    """2 · 2 places of ln 8 nats each, and a quarter of the commitment. A step moves the codes."""
+    sizes = dataclasses.replace(SIZES, net="conv", patch=4, n_code=8)
+    trainer = trainer_of(dataset, sizes)
+    x, eps = trainer.batch(0)
+    loss, count, numbers = trainer.batch_loss(trainer.model, x, eps)
+    log_px, commitment, _ = trainer.model(x)
+    wanted = (0.25 * commitment + 4 * math.log(8) - log_px[:, 0]).sum()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
+    assert numbers["kl"] == pytest.approx(count * 4 * math.log(8))
+    score = train.evaluate(trainer.model, dataset.valid.images, sizes)
+    assert score["kl"] == pytest.approx(4 * math.log(8)) and 1 <= score["perplexity"] <= 8
+    before = trainer.model.codebook.codes.clone()
+    trainer.step(0)
+    assert not torch.equal(trainer.model.codebook.codes, before)
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 4.0}, {"samples": 2}, {"bound": "iwae"}, {"free_bits": 0.1}], ids=str
+)
+def test_options_of_normal_latents_are_refused_for_codes(dataset, options):
+    sizes = dataclasses.replace(SIZES, net="conv", n_code=8)
+    with pytest.raises(UserError, match="about normal latents"):
+        trainer_of(dataset, sizes, **options)
+
+
+def test_latents_used_by_hand():
+    """mu = ±1 and ±0.1, sigma = 1: KL ½ and 0.005; variances 2 and 0.02, one used, both active."""
+    mu = torch.tensor([[1.0, 0.1], [-1.0, -0.1]])
+    found = train.latents_used(mu, torch.zeros(2, 2))
+    assert found["kl_each"] == [0.5, 0.005] and found["kl"] == pytest.approx(0.505)
+    assert (found["used"], found["active"]) == (1, 2)
+
+
+def test_the_error_of_a_score_is_that_of_a_mean(dataset, monkeypatch):
+    """log p(x) of 0, 1 … 8: mean 4, standard deviation 2.739, a third of it for nine pictures."""
+
+    def known(model, x, k, dice):
+        return torch.arange(len(x)).double()
+
+    monkeypatch.setattr(train.likelihood, "importance", known)
+    score = train.test(trainer_of(dataset).model, dataset.test.images, SIZES, 3)
+    assert score["nll"] == -4 and score["nll_error"] == pytest.approx(7.5**0.5 / 3)
+
+
 def test_beta_rises_and_stays(dataset):
     trainer = trainer_of(dataset, steps=100, warmup=0.1, beta=3.0)
     seen = []

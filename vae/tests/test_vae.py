@@ -50,6 +50,14 @@ def test_kl_is_never_negative_and_zero_only_for_the_prior():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("value", [-29.0, -12.0, 12.0, 19.0])
+def test_only_absurd_logvars_are_bounded(value):
+    """Inside −30 … 20 the KL at mu = 0 is ½ (e^logvar − 1 − logvar), to the last digit."""
+    logvar = torch.tensor([value], dtype=torch.float64)
+    wanted = 0.5 * (math.exp(value) - 1 - value)
+    assert vae.kl_closed(torch.zeros(1), logvar).item() == pytest.approx(wanted, rel=1e-12)
+
+
 def test_log_normal_is_that_of_torch_distributions(q):
     mu, logvar, z = q
     theirs = Normal(mu[:, None], (logvar / 2).exp()[:, None]).log_prob(z).sum(-1)
@@ -151,7 +159,8 @@ def test_iwae_is_the_log_of_a_mean_of_ratios(q):
     logits = torch.randn(7, 3, 1, 2, 2, dtype=torch.float64)
     p, ratio = log_p_and_q(x, z, mu, logvar, logits)
     log_w = vae.log_bernoulli(x[:, None], logits) - vae.kl_sampled(z, mu, logvar)
-    torch.testing.assert_close(vae.iwae(log_w), (p + ratio).exp().mean(1).log())
+    wanted = (p + ratio).exp().mean(1).log()
+    torch.testing.assert_close(vae.iwae(log_w), wanted, rtol=0, atol=1e-12)
     torch.testing.assert_close(vae.iwae(log_w[:, :1]), log_w[:, 0])  # L_1 is the ELBO
 
 
@@ -217,3 +226,10 @@ def test_active_and_collapsed_latents_are_told_apart():
     logvar = torch.tensor([[-2.0, 0.0]] * 3)
     assert vae.active_units(mu).tolist() == [True, False]
     assert vae.collapsed(vae.kl_closed(mu, logvar)).tolist() == [False, True]
+
+
+def test_variances_and_means_over_pictures_are_compared_with_the_threshold():
+    """mu = ±0.05: variance 0.005 is silent, at a deviation of 0.07. KL 0 and 0.1: mean 0.05."""
+    assert vae.active_units(torch.tensor([[0.05], [-0.05]])).tolist() == [False]
+    assert vae.collapsed(torch.tensor([[0.0], [0.1]])).tolist() == [False]
+    assert vae.collapsed(torch.tensor([[0.0], [0.01]])).tolist() == [True]

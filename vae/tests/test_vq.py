@@ -1,5 +1,6 @@
 """The codebook: choice, gradient, moving averages, dead codes."""
 
+import copy
 import math
 
 import pytest
@@ -52,9 +53,63 @@ def test_codes_follow_the_mean_of_their_vectors(book):
     torch.testing.assert_close(book.codes[0], torch.full((2,), 1 / 15))
 
 
+def test_the_decay_is_the_share_that_is_kept():
+    """Decay 0.9, count 1: no vector leaves 0.9, and one vector keeps it at 1. A second call of
+    `follow` finds nothing noted and moves nothing."""
+    book = Codebook(2, 1, decay=0.9)
+    book.codes.copy_(torch.tensor([[0.0], [1.0]]))
+    book.total.copy_(book.codes)
+    book.train()(torch.tensor([[[0.9]]]))
+    for _ in range(2):
+        book.follow()
+        torch.testing.assert_close(book.count, torch.tensor([0.9, 1.0]))
+        assert book.codes[1].item() == pytest.approx(0.9 * 1 + 0.1 * 0.9)
+
+
+def test_a_dead_code_is_put_on_the_first_vector():
+    """Nobody chose code 1 for long: it gets the mean count, and the place of the first vector."""
+    book = Codebook(2, 1, decay=0.5)
+    book.codes.copy_(torch.tensor([[0.0], [50.0]]))
+    book.count.copy_(torch.tensor([7.0, 1e-3]))
+    book.total.copy_(book.codes * book.count[:, None])
+    book.train()(torch.tensor([[[0.5], [0.1], [0.0]]]))
+    book.follow()
+    assert book.count[1].item() == pytest.approx((5 + 0.0005) / 2)  # counts 5 and 0.0005
+    assert book.codes[1].item() == pytest.approx(0.5)
+
+
+def test_two_processes_move_the_codes_as_one_does():
+    """Each notes every second picture; sums go over both, and the spare vector is the first's."""
+    vectors, one = torch.randn(8, 3, 2), Codebook(4, 2)
+    one.codes[3] = 100.0  # nobody chooses it
+    one.count[3] = 1e-4
+    first, second = copy.deepcopy(one), copy.deepcopy(one)
+    for book, rows in ((one, vectors), (first, vectors[0::2]), (second, vectors[1::2])):
+        book.train()(rows)
+    one.follow()
+    sent = []
+    second.follow(lambda tensor: sent.append(tensor.clone()) or tensor, first=False)
+    parts = iter(sent)
+    first.follow(lambda tensor: tensor + next(parts))
+    torch.testing.assert_close(first.codes, one.codes)
+    torch.testing.assert_close(first.codes[3], vectors[0, 0])
+    torch.testing.assert_close(first.count, one.count)
+
+
+def test_bfloat16_products_choose_the_same_codes():
+    """Codes far from 0 and close together: |e|² − 2 v·e in three digits would choose others."""
+    book, vectors = Codebook(32, 8), 5 + torch.randn(64, 4, 8)
+    book.codes += 5
+    wanted = torch.cdist(vectors.double(), book.codes.double()).argmin(-1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(book.nearest(vectors), wanted)
+
+
 def test_a_batch_in_parts_moves_the_codes_as_the_whole_one_does():
     vectors = torch.randn(8, 3, 2)
     whole, parts = Codebook(4, 2), Codebook(4, 2)
+    whole.codes[2] = 100.0  # dead: it takes the first vector of the batch, not of the last part
+    whole.count[2] = 1e-4
     parts.load_state_dict(whole.state_dict())
     whole.train()(vectors)
     parts.train()(vectors[:5])

@@ -93,7 +93,7 @@ def file_records(name: str) -> Iterator[tuple[object, str]]:
     if text.lstrip().startswith("["):
         yield from list_records(text, file)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 too
         if line.strip():
             yield parse(line, f"{file}, line {number}"), f"{file}, line {number}"
 

@@ -11,12 +11,12 @@ and makes the chosen answer's reward larger than the other's by a logistic regre
     L = −log σ(r̂(y_w) − r̂(y_l))
 
     DPO     Rafailov et al. 2023, arXiv:2305.18290, Eq. 7
-    cDPO    the same with labels that are wrong with probability ε; §3 of arXiv:2403.00409
+    cDPO    Mitchell 2023, ericmitchell.ai/cdpo.pdf, Eq. 3: labels are wrong with probability ε
     rDPO    Chowdhury et al. 2024, arXiv:2403.00409, §3: unbiased under such labels
     IPO     Azar et al. 2023, arXiv:2310.12036, Eq. 17: a square in place of the logarithm
-    hinge   Zhao et al. 2023 (SLiC), arXiv:2305.10425, Eq. 7, with log-ratios as in the DPO code
-    KTO     Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7 and 8
-    ORPO    Hong et al. 2024, arXiv:2403.07691, Eq. 4 and 7: no reference
+    hinge   Liu et al. 2023 (RSO), arXiv:2309.06657: SLiC's hinge (arXiv:2305.10425) on log-ratios
+    KTO     Ethayarajh et al. 2024, arXiv:2402.01306, Eq. 7
+    ORPO    Hong et al. 2024, arXiv:2403.07691, Eq. 4, 6 and 7: no reference
     SimPO   Meng et al. 2024, arXiv:2405.14734, Eq. 6: no reference, mean instead of sum
 
 All log-probabilities are in nats. Key: B pairs, T tokens, V vocab_size. In tensors (B, 2) the
@@ -40,8 +40,10 @@ def response_logps(logits: Tensor, tokens: Tensor, is_response: Tensor) -> tuple
     logits (B, T, V), tokens (B, T), is_response (B, T) of truth values: true at each token that the
     model answered, its end included, false at prompt and filling. logits[:, t] speaks about token
     t + 1. So the logits lose their last position, and tokens and mask both lose their first.
+    Logits in 16 bits are summed in float32: a sum of −3000 in bfloat16 is off by whole nats.
     """
-    logps = torch.log_softmax(logits[:, :-1], dim=-1)  # (B, T − 1, V)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logps = torch.log_softmax(logits[:, :-1], dim=-1, dtype=wide)  # (B, T − 1, V)
     logps = logps.gather(2, tokens[:, 1:, None]).squeeze(2)  # (B, T − 1)
     mask = is_response[:, 1:]
     return logps.masked_fill(~mask, 0.0).sum(dim=1), mask.sum(dim=1)
@@ -84,7 +86,7 @@ def hinge_loss(h: Tensor, beta: float) -> Tensor:
 
 
 def kto_loss(ratios: Tensor, beta: float) -> Tensor:
-    """½(1 − σ(β(w − z))) + ½(1 − σ(β(z − l))), Eq. 7 and 8 of KTO, both answers counted alike.
+    """½(1 − σ(β(w − z))) + ½(1 − σ(β(z − l))), Eq. 7 of KTO, both answers counted alike.
 
     ratios (B, 3): log π/π_ref of chosen w, rejected l, and of an answer to another prompt. z is the
     mean of the last, at least 0 and without gradient: an estimate of KL(π‖π_ref).
@@ -95,14 +97,18 @@ def kto_loss(ratios: Tensor, beta: float) -> Tensor:
 
 
 def log_odds(logp: Tensor) -> Tensor:
-    """log(p / (1 − p)) from log p < 0, without losing digits near p = 0 or p = 1."""
+    """log(p / (1 − p)) from log p ≤ 0, without losing digits near p = 0 or p = 1.
+
+    A log p that was rounded to 0 counts as just below it: the odds and their gradient stay finite.
+    """
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).tiny)
     near_one = torch.log(-torch.expm1(logp.clamp(min=-math.log(2))))
     near_zero = torch.log1p(-torch.exp(logp.clamp(max=-math.log(2))))
     return logp - torch.where(logp > -math.log(2), near_one, near_zero)
 
 
 def orpo_loss(means: Tensor, beta: float) -> Tensor:
-    """−w − β·log σ(log odds of w − log odds of l), Eq. 4 and 7 of ORPO, whose λ is our β.
+    """−w − β·log σ(log odds of w − log odds of l), Eq. 4, 6, 7 of ORPO; its λ is our β.
 
     means (B, 2): log π per token of the chosen answer w and the rejected l. The first term imitates
     the chosen answer, so ORPO needs no SFT stage before it.

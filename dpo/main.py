@@ -111,10 +111,10 @@ def do_eval(args: argparse.Namespace) -> None:
     config = train.config_of(loaded.folder)
     if "data" in given(args, train.TrainConfig):
         config = from_options(config, argparse.Namespace(data=args.data))
-    longest = loaded.model.config.seq_len
+    longest = train.longest_text(config, loaded.model.config)
     part = rows.encode_part(data.read_parts(config.data)["test"], loaded.tokenizer, longest)
     if not part.pairs:
-        raise UserError(f"--data {config.data}: no pair fits the context of {longest} tokens")
+        raise UserError(f"--data {config.data}: no pair fits in {longest} tokens")
     device, dtype = next((p.device, p.dtype) for p in loaded.model.parameters())
     file, reference = loaded.folder / train.REFERENCE, None
     if file.exists():

@@ -89,14 +89,18 @@ class Examples:
     def packed(self, numbers: list[int], kind: str, capacity: int, n_answer: int) -> Packed:
         """Rows of these texts with the first n_answer answers of each.
 
-        The third answer, for KTO, is the chosen one of the text before it in the list.
+        The third answer, for KTO, is the chosen one of the text before it in the list; in a list
+        of one text, that of another pair of the part, if there is one.
         """
         texts = []
         for place, i in enumerate(numbers):
             prompt, answers = self.texts[i]
             answers = answers[:1] if kind == "demonstrations" else answers[:n_answer]
             if n_answer == N_ANSWER and kind == "pairs":
-                answers = [*answers, self.texts[numbers[place - 1]][1][0]]
+                other = numbers[place - 1]
+                if len(numbers) == 1:
+                    other = self.pairs[self.pairs.index(i) - 1]
+                answers = [*answers, self.texts[other][1][0]]
             texts.append((prompt, answers))
         return pack(texts, capacity)
 

@@ -86,9 +86,17 @@ class TrainConfig(CommonConfig):
         """Does the loss look at the reference?"""
         return not self.reference_free and self.loss not in dpo.NO_REFERENCE
 
+    @property
+    def is_plain_dpo(self) -> bool:
+        """Is the loss DPO's alone, of which the start, ln 2, and the floor are known?"""
+        return self.loss == "dpo" and not self.nll and not self.reference_free
+
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """In each stage a linear warm-up, then half a cosine down to a fiftieth of the highest."""
+    """In each stage half a cosine, from its first step, down to a fiftieth, times a linear warm-up.
+
+    The cosine falls during the warm-up too, so with 20 steps of 100 the top is 0.92 of the highest.
+    """
     first, steps = step < config.sft_steps, config.sft_steps
     if not first:
         step, steps = step - config.sft_steps, config.steps - config.sft_steps
@@ -113,11 +121,16 @@ def scored(
 
 
 @torch.no_grad()
-def log_probabilities(scorer: nn.Module, examples: Examples, dtype: torch.dtype) -> Tensor:
-    """log π of both answers of every pair, (number of texts, 3), 0 for texts that are no pairs."""
+def log_probabilities(
+    scorer: nn.Module, examples: Examples, dtype: torch.dtype, n_answer: int = 2
+) -> Tensor:
+    """log π of the answers of every pair, (number of texts, 3), 0 for texts that are no pairs.
+
+    n_answer: 3 also has the answers to other prompts that `preference_score` shows KTO.
+    """
     wide = torch.promote_types(next(scorer.parameters()).dtype, torch.float32)
     found = torch.zeros(len(examples.texts), N_ANSWER, dtype=wide)
-    for numbers, sums, _ in scored(scorer, examples, "pairs", 2, dtype):
+    for numbers, sums, _ in scored(scorer, examples, "pairs", n_answer, dtype):
         found[numbers] = sums
     return found
 
@@ -231,7 +244,7 @@ class PreferenceTrainer(Trainer):
         like = next(self.model.parameters())
         frozen = AnswerScorer(frozen_copy(file, self.sizes)).to(like.device, like.dtype).eval()
         self.reference = {
-            part: log_probabilities(frozen, examples, self.dtype)
+            part: log_probabilities(frozen, examples, self.dtype, self.config.n_answer)
             for part, examples in self.parts_of_data.items()
         }
         self.frozen = frozen if self.config.loss == "kto" else None  # KTO alone asks it further
@@ -254,15 +267,10 @@ class PreferenceTrainer(Trainer):
     # ── Scores ──
 
     def score(self) -> dict[str, float]:
-        """In stage 2 what `preference_score` says; in stage 1 the loss of imitating.
-
-        To that is added what the preference loss is before any preference is learned. So weights of
-        stage 2 are taken for better than any of stage 1, unless they are worse than their start.
-        """
+        """In stage 2 what `preference_score` says; in stage 1 what `imitation_score` says."""
         valid = self.parts_of_data["valid"]
         if self.reference is None:
-            nll = imitation_loss(self.scored, valid, self.dtype)
-            return {"loss": nll + start_loss(self.config), "imitation": nll}
+            return imitation_score(imitation_loss(self.scored, valid, self.dtype), self.config)
         theirs = self.reference["valid"]
         return preference_score(self.scored, theirs, valid, self.config, self.dtype)
 
@@ -276,6 +284,16 @@ def start_loss(config: TrainConfig) -> float:
     return dpo.preference_loss(
         config.loss, even, even, torch.ones(1, N_ANSWER), config.beta, config.flip, config.gamma
     ).item()
+
+
+def imitation_score(nats: float, config: TrainConfig) -> dict[str, float]:
+    """The score of stage 1 from nats per token.
+
+    To the loss of imitating is added what a pair costs before any preference is learned, with the
+    share --nll of imitating in it. So weights of stage 2 are taken for better than any of stage 1,
+    unless they are worse than their start.
+    """
+    return {"loss": (1 + config.nll) * nats + start_loss(config), "imitation": nats}
 
 
 def frozen_copy(file: Path, sizes: LlamaConfig) -> Llama:
@@ -297,7 +315,7 @@ def describe(score: dict, config: TrainConfig, part: str) -> str:
         return f"answers {score['imitation']:.4f} nats per token"
     said = f"{config.loss} {score['loss']:.4f}, accuracy {score['accuracy']:.1%}"
     limits = data.limits(config.data, part)
-    if limits and config.loss == "dpo":
+    if limits and config.is_plain_dpo:
         said = (f"{config.loss} {score['loss']:.4f} (floor {limits['floor']:.4f}), "
                 f"accuracy {score['accuracy']:.1%} (at best {limits['accuracy']:.1%})")  # fmt: skip
     return (
@@ -321,9 +339,14 @@ def load_stopped(run_dir: RunDirectory, sizes: LlamaConfig) -> Loaded:
     return Loaded(run_dir.path, Llama(sizes), load_tokenizer(run_dir.path), ())
 
 
+def longest_text(config: TrainConfig, sizes: LlamaConfig) -> int:
+    """The longest prompt with one answer that is taken, in tokens."""
+    return min(config.max_length or sizes.seq_len, sizes.seq_len)
+
+
 def encode_parts(config: TrainConfig, start: Loaded) -> dict[str, Examples]:
     """The data as tokens. UserError if too little of it fits the context."""
-    longest = min(config.max_length or start.model.config.seq_len, start.model.config.seq_len)
+    longest = longest_text(config, start.model.config)
     given = data.read_parts(config.data)
     parts = {part: rows.encode_part(x, start.tokenizer, longest) for part, x in given.items()}
     n_given = sum(map(len, given.values()))
@@ -369,7 +392,7 @@ def expectations(config: TrainConfig, parts: dict[str, Examples]) -> None:
     say(f"data       pairs: {pairs}; {len(parts['train'].demonstrations):,} texts to imitate first")
     say(f"stages     {config.sft_steps} steps of imitation, then preferences")
     limits = data.limits(config.data, "test")
-    if limits and config.loss == "dpo":
+    if limits and config.is_plain_dpo:
         say(f"expect     loss ln 2 = {math.log(2):.4f} at the first step of preferences, and at"
             f" the very best {limits['floor']:.4f}, the entropy of the labels")  # fmt: skip
 
@@ -389,8 +412,10 @@ def conclude(trainer: PreferenceTrainer, run_dir: RunDirectory) -> None:
     if "win_rate" not in score:
         return
     say(judge.in_words(score))
-    resolved = replace(config, sft_steps=None if config.sft_steps == config.steps // 2 else -1)
-    if as_described(resolved, best.model.config, (TrainConfig(), best.model.config)):
+    asked = config
+    if config.sft_steps == config.steps // 2:  # as if it had been left open
+        asked = replace(config, sft_steps=None)
+    if as_described(asked, best.model.config, (TrainConfig(), best.model.config)):
         word = "on track" if score["win_rate"] >= ON_TRACK else "off track"
         say(f"{word}: {score['win_rate']:.1%} won, the README promises ≥ {ON_TRACK:.0%}")
 
@@ -401,10 +426,10 @@ def test_score(
     """Loss and metrics of the test part; for the tales also who wins, KL and fluency."""
     scorer = AnswerScorer(best.model.eval())
     if reference is None:
-        nll = imitation_loss(scorer, test, dtype)
-        return {"loss": nll + start_loss(config), "imitation": nll}
+        return imitation_score(imitation_loss(scorer, test, dtype), config)
     other = AnswerScorer(reference.model.eval())
-    score = preference_score(scorer, log_probabilities(other, test, dtype), test, config, dtype)
+    theirs = log_probabilities(other, test, dtype, config.n_answer)
+    score = preference_score(scorer, theirs, test, config, dtype)
     if data.limits(config.data, "test"):
         score |= judge.compare(best, reference, test, config.seed, dtype)
     return score

@@ -135,7 +135,7 @@ def drawn_labels(world: World, n_pair: int, seed: int, flip: float = 0.0) -> Lab
 
 
 def floor(world: World, labels: Labels) -> float:
-    """The least DPO loss on such pairs: the entropy of the Bradley–Terry labels, in nats."""
+    """The least DPO loss on such pairs with no label flipped: the labels' entropy, in nats."""
     gap = world.reward[labels.first] - world.reward[labels.second]
     return (labels.weight * bradley_terry_floor(gap)).sum().item()
 
@@ -143,7 +143,10 @@ def floor(world: World, labels: Labels) -> float:
 def expected_loss(
     log_p: Tensor, world: World, labels: Labels, kind: str, beta: float, flip: float = 0.0
 ) -> Tensor:
-    """The loss `kind` of dpo.py, averaged over the pairs and over both labels of each."""
+    """The loss `kind` of dpo.py, averaged over the pairs and over both labels of each.
+
+    Any kind but KTO, which needs an answer to another prompt: here there is one prompt alone.
+    """
     policy = torch.stack((log_p[labels.first], log_p[labels.second]), dim=-1)  # (M, 2)
     reference = torch.stack((world.log_ref[labels.first], world.log_ref[labels.second]), dim=-1)
     ones = torch.ones_like(policy)
@@ -209,7 +212,10 @@ def train(world: World, labels: Labels, kind: str, beta: float, flip: float = 0.
 
 
 def train_reinforce(world: World, beta: float) -> Tensor:
-    """log π after climbing E[r] − β·KL to its top."""
+    """log π after climbing E[r] − β·KL to its top, on the gradient of `reinforce_gradient`.
+
+    Autograd computes the same gradient from the expectation itself (a test compares the two).
+    """
     scores = solve(
         lambda s: -regularised_reward(policy_of(s, world), world, beta), len(world.answers)
     )

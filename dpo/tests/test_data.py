@@ -97,6 +97,17 @@ def test_files_that_cannot_be(tmp_path):
         data.read_parts(str(tmp_path))
 
 
+def test_a_line_ends_at_its_newline_alone(tmp_path):
+    """JSON may hold U+2028 and U+0085 as they are, which `splitlines` takes for ends of lines."""
+    pair = {"prompt": "a\u2028b\u0085c", "chosen": "b", "rejected": "c"}
+    lines = [json.dumps(pair, ensure_ascii=False) for _ in range(3)]
+    file = tmp_path / "x.jsonl"
+    file.write_bytes("\r\n".join(lines).encode())
+    assert [x.prompt for part in data.read_parts(str(file)).values() for x in part] == [
+        pair["prompt"]
+    ] * 3
+
+
 def test_pairs_of_equal_answers_are_left_out_and_counted(tmp_path, capsys):
     records = [{"prompt": f"p{i}", "chosen": "b", "rejected": "b" * (1 + i % 4)} for i in range(12)]
     (tmp_path / "x.json").write_text(json.dumps(records), encoding="utf-8")
@@ -260,6 +271,9 @@ def test_kto_sees_the_answer_of_another_prompt(examples):
         found = packed.tokens[row][packed.answer[row] == 3].tolist()
         assert found == examples.texts[number][1][0]
     assert int(examples.packed([20, 15], "pairs", 0, 2).answer.max()) == 2
+    for number, other in ((20, 19), (examples.pairs[0], examples.pairs[-1])):  # alone in a list
+        packed = examples.packed([number], "pairs", 0, 3)
+        assert packed.tokens[packed.answer == 3].tolist() == examples.texts[other][1][0]
 
 
 def test_without_demonstrations_the_chosen_answers_are_imitated(examples):

@@ -42,6 +42,9 @@ def measured() -> list[str]:
     for loss in experiments.OVER:
         n = sum(experiments.fall(rows) > 0.1 for rows in world["overoptimisation"][loss])
         said.append(f"{loss.upper()} in {n} of {experiments.N_DRAW}")
+        ends = [rows[-1] for rows in world["overoptimisation"][loss]]
+        kl, reward = (statistics.mean(row[key] for row in ends) for key in ("kl", "reward"))
+        said.append(f"at KL {kl:.2f} with " + "true reward " * (loss == "dpo") + f"{reward:.2f}")
     llama = RESULTS["llama"]
     said.append(f"{llama['accuracy']:.1%} of the held-out tenth")
     said.append(f"margin {llama['margin']:.2f}")
@@ -83,3 +86,13 @@ def test_the_bench_is_quoted(name):
         pytest.skip("was not run")
     for key in ("train_vs_trl", "train_vs_trl_precomputed"):
         assert f"{RESULTS[name][key]:.2f} ×" in README
+
+
+def test_what_a_pair_costs_that_is_seen_once():
+    """A step's share of 16 pairs, and asking the reference, beside TRL that asks in each step."""
+    result = RESULTS["bench-float32"]
+    seconds = result["seconds"]
+    once = 1000 * seconds["ours"] / 16 + result["reference_ms"]
+    trl = 1000 * seconds["trl"] / 16
+    assert f"pays {once:.0f} ms a pair, where TRL as it comes pays {trl:.0f}" in README
+    assert f"only {trl / once:.2f} ×" in README

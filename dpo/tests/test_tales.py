@@ -143,6 +143,14 @@ def test_a_model_against_itself_is_even(shipped):
     assert found["win_low"] <= 0.5 <= found["win_high"]
 
 
+def test_answers_are_drawn_from_the_models_own_probabilities(shipped, monkeypatch):
+    """The KL is about these: temperature 1, and no unlikely token is left out."""
+    drawn = []
+    monkeypatch.setattr(judge, "generate", lambda *args: drawn.append(args[3]) or [])
+    judge.answers(shipped, [[1]], 0)
+    assert vars(drawn[0]) == {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
 def test_answers_end_with_one_eos_and_log_probs_are_those_of_the_model(shipped):
     texts = few_prompts(shipped, 5)
     prompts = [texts.texts[i][0] for i in texts.pairs]
@@ -167,4 +175,5 @@ def test_the_shipped_policy_is_kind(shipped):
     reference.model = train.frozen_copy(main.PRETRAINED / train.REFERENCE, shipped.model.config)
     found = judge.compare(shipped, reference, few_prompts(shipped, 20), 0, torch.float32)
     assert found["win_rate"] >= 0.75 and found["true_reward"] > 1.5
+    assert found["kl"] > 4 * found["kl_error"] > 0 and 1 < found["stories"] < 2
     assert found["fluency"] < 1.05

@@ -134,6 +134,48 @@ def test_the_score_of_stage_1_is_worse_than_any_start_of_stage_2(make_trainer):
             assert trainer.score()["loss"] == pytest.approx(train.start_loss(trainer.config), 1e-5)
 
 
+@pytest.mark.parametrize("nll", [1.0, 5.0])
+def test_imitating_in_stage_2_does_not_hide_it(make_trainer, nll):
+    """However large --nll is: else the run would keep the weights of stage 1 as its best."""
+    trainer = make_trainer(nll=nll, sft_steps=3)
+    trainer.model.eval()
+    first = trainer.score()["loss"]
+    trainer.settle_reference(3)
+    assert trainer.score()["loss"] < first
+
+
+def test_kto_is_scored_with_its_estimate_of_kl(make_trainer):
+    """Log-ratios 3 of the chosen answer and 5 of the other: z is 5, and not 0 by a clamp."""
+    trainer = make_trainer(loss="kto", beta=0.4)
+    trainer.model.eval()
+    trainer.settle_reference(0)
+    trainer.reference["valid"] -= torch.tensor([3.0, 0.0, 5.0])
+    good, bad = (1 / (1 + math.exp(-0.4 * x)) for x in (3 - 5, 5 - 0))
+    assert trainer.score()["loss"] == pytest.approx(1 - (good + bad) / 2, abs=1e-5)
+
+
+def test_limits_are_told_of_the_plain_loss_alone(make_trainer, monkeypatch, capsys):
+    """With --nll or without reference the loss starts elsewhere, and the floor is another."""
+    monkeypatch.setattr(data, "limits", lambda *_: {"floor": 0.4, "accuracy": 0.8})
+    score = {"loss": 0.5, "accuracy": 0.7, "margin": 1.0, "reward_chosen": 0.0,
+             "reward_rejected": -1.0}  # fmt: skip
+    for options, told in (({}, True), ({"nll": 1.0}, False), ({"reference_free": True}, False),
+                          ({"loss": "ipo"}, False)):  # fmt: skip
+        trainer = make_trainer(**options)
+        capsys.readouterr()
+        train.expectations(trainer.config, trainer.parts_of_data)
+        assert ("ln 2" in capsys.readouterr().err) == told
+        assert ("floor" in train.describe(score, trainer.config, "test")) == told
+
+
+def test_stage_2_begins_with_a_fresh_optimizer(make_trainer):
+    """AdamW's means of stage 1 are of another loss: after a step they know stage 2 alone."""
+    trainer = make_trainer(sft_steps=2)
+    for step in range(3):
+        trainer.step(step)
+    assert all(state["step"] == 1 for state in trainer.optimizer.state.values())
+
+
 def test_reference_free_leaves_the_reference_out(make_trainer):
     trainer = make_trainer(reference_free=True)
     part = trainer.parts_of_data["train"]
@@ -172,6 +214,34 @@ def test_a_run_has_both_stages_and_its_reference(trained, every_step_is_logged):
     ] == 4
     test = RunDirectory(out).history()[-1]
     assert test["split"] == "test" and {"accuracy", "margin", "logp_chosen"} <= test.keys()
+
+
+@pytest.mark.parametrize("sft_steps", [0, 1])
+def test_a_run_on_the_tales_may_have_stages_of_any_length(
+    command, words, tmp_path, monkeypatch, sft_steps
+):
+    """Whether it is the run of the README is asked at its end, where a half is the default."""
+    wins = dict.fromkeys(
+        "win_rate win_low win_high ties kl kl_error true_reward true_reward_reference fluency told "
+        "told_reference n_comparison".split(), 0.9,
+    )  # fmt: skip
+    monkeypatch.setattr(data, "limits", lambda *_: {"floor": 0.4, "accuracy": 0.8})
+    monkeypatch.setattr(train.judge, "compare", lambda *_: wins)
+    asked = []
+    described = lambda config, *_: asked.append(config.sft_steps) or True  # noqa: E731
+    monkeypatch.setattr(train, "as_described", described)
+    outcome = command(*words, "--out", tmp_path / "run", "--sft-steps", sft_steps)
+    assert outcome.code == 0 and "on track: 90.0% won" in outcome.err, outcome.err
+    assert asked == [None if sft_steps == 1 else 0]
+
+
+def test_a_run_is_scored_again_on_the_same_pairs(trained, command):
+    """--eval leaves out the pairs that --max-length left out of the training."""
+    out = trained("run", "--max-length", 85)
+    test = RunDirectory(out).history()[-1]
+    found = json.loads(command("--eval", "--weights", out).out.splitlines()[-1])
+    assert found["loss"] == pytest.approx(test["loss"], abs=1e-6)
+    assert found["logp_chosen"] == pytest.approx(test["logp_chosen"], abs=1e-4)
 
 
 def test_stage_1_alone(trained, command):

@@ -1,0 +1,3 @@
+"""What every folder is tested for alike, see harness.py."""
+
+from harness import *  # noqa: F403

@@ -74,7 +74,8 @@ def repeats(chosen: Tensor, both: Tensor) -> Tensor:
     """
     first = chosen[:, 1:, 0] == chosen[:, :-1, 0]
     shared = (chosen[:, 1:, :, None] == chosen[:, :-1, None, :]).flatten(2).any(dim=-1)
-    return torch.stack([(first & both).sum(), (shared & both).sum()]).double()
+    counts = torch.stack([(first & both).sum(), (shared & both).sum()])
+    return counts.cpu().double()  # MPS has no float64
 
 
 def repeats_by_chance(n_expert: int, n_active: int) -> tuple[float, float]:

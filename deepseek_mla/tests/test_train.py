@@ -321,8 +321,8 @@ def test_each_way_of_balancing_trains_and_resumes_to_the_bit(
 
 
 def test_learning_rate_rises_stays_and_falls():
-    """900 steps: up in 60, level to step 540, half-way down at 720, a fiftieth at the end."""
+    """900 steps: up in 60, level to step 450, half-way down at 675, a fiftieth at the end."""
     settings = TrainConfig(steps=900)
-    rates = [train.learning_rate(step, settings) / settings.lr for step in (0, 59, 300, 540, 720)]
+    rates = [train.learning_rate(step, settings) / settings.lr for step in (0, 59, 300, 450, 675)]
     assert rates == pytest.approx([1 / 60, 1.0, 1.0, 1.0, 0.51])
     assert train.learning_rate(900, settings) == pytest.approx(0.02 * settings.lr)

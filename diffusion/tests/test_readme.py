@@ -87,6 +87,11 @@ def measured_by_the_bench() -> list[str]:
     by_looks = {}
     for row in bench["quality"]:
         by_looks.setdefault(row["sampler"], []).append(f"{100 * row['accuracy']:.1f} %")
+    for looks in (10, 50):
+        found = {
+            row["sampler"]: row["frechet"] for row in bench["quality"] if row["looks"] == looks
+        }
+        texts += [f"{found['heun']:.1f}", f"{found['ddpm']:.1f}", f"{found['ddim']:.1f}"]
     return texts + [f"| {name} | {' | '.join(row)} |" for name, row in by_looks.items()]
 
 

@@ -36,6 +36,9 @@ def measured() -> list[str]:
     texts += [f"| {row(list(runs.values()))} |" for runs in [RESULTS.get("seeds")] if runs]
     texts.append(f"| {row([RESULTS['shipped']])} |")
     texts.append("ended at {:.2f}, {:.2f} and {:.2f}".format(*RESULTS["seeds_1150_steps"]))
+    timed = RESULTS["timed"]
+    texts.append(f"took {timed['seconds']} s, all included, in {timed['dtype']} on two idle cores")
+    texts.append(f"ended at {timed['times_floor']:.3f} × the floor")
     texts += [f"| {row([run])} |" for run in RESULTS.get("balance", {}).values()]
     for when, lengths in RESULTS.get("needle", {}).items():
         share = 100 * sum(lengths["8192"]) / len(lengths["8192"])

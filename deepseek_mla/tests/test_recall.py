@@ -122,6 +122,12 @@ def test_answers_are_the_animals_behind_the_question(corpus):
     assert marked == expected
 
 
+def test_the_animals_that_count_as_answers_are_those_of_the_stories():
+    """data.py names them itself, since the scripts in data/ are not imported by a run."""
+    assert tuple(f" {kind}" for kind in KINDS) == data.KINDS
+    assert data.QUESTION == source.QUESTION
+
+
 def test_without_words_as_tokens_there_are_no_answers(corpus):
     ids = np.array(ByteTokenizer().encode(corpus[0]), dtype=np.uint16)
     tokens = Tokens(ids, 1, ByteTokenizer())

@@ -54,8 +54,8 @@ def evenly(texts: list[str], mass: float, then: str, state: State) -> list[tuple
 def opening(state: State) -> list[tuple]:
     """`Nora has a red, red kite. The kite is hers. `: the beginning of a note, in three choices.
 
-    What will have to be remembered is said twice, the second time soon: so a network finds out that
-    it pays to remember, and can then learn to do so for longer.
+    What will have to be remembered is said twice, the second time soon, so that it pays early to
+    remember it for a moment. To remember it to the end of the note is hard, see the README.
     """
     kind, person, colour = state[:3]
     if kind == "person":
